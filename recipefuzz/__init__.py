@@ -1,0 +1,35 @@
+"""recipefuzz: an automated fuzzer for neural-network training recipes.
+
+`recipefuzz.search(config)` does what `recipefuzz search CONFIG` does, and returns a result with `.trials` and `.ranking`
+as DataFrames. Names are imported when they are used, so that `import recipefuzz` is quick.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from recipefuzz.config import load_config
+    from recipefuzz.errors import InputError, RecipefuzzError, RunFailedError
+    from recipefuzz.judging import judge_recipes
+    from recipefuzz.search import search
+
+__version__ = "0.1.0"
+
+__all__ = ["InputError", "RecipefuzzError", "RunFailedError", "judge_recipes", "load_config", "search"]
+
+_HOMES = {
+    "InputError": "errors",
+    "RecipefuzzError": "errors",
+    "RunFailedError": "errors",
+    "judge_recipes": "judging",
+    "load_config": "config",
+    "search": "search",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'recipefuzz' has no attribute {name!r}")
+    return getattr(import_module(f"recipefuzz.{_HOMES[name]}"), name)

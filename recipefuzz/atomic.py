@@ -1,0 +1,44 @@
+"""Files that are either whole or not there: a temporary file beside them, synced, then renamed."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import tempfile
+from pathlib import Path
+
+from recipefuzz.errors import Place, RunFailedError
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a text file.
+
+    Raises:
+        RunFailedError: a full disk or a folder that can't be written. An older file of the name stays.
+    """
+    name = ""
+    try:
+        with tempfile.NamedTemporaryFile(
+            "w", encoding="utf-8", newline="", dir=path.parent, prefix=f".{path.name}.", delete=False
+        ) as file:
+            name = file.name
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        Path(name).chmod(0o666 & ~_umask())
+        Path(name).replace(path)
+    except OSError as error:
+        if name:
+            with contextlib.suppress(OSError):
+                Path(name).unlink()
+        raise RunFailedError(
+            f"can't write the file: {error.strerror}",
+            place=Place(str(path)),
+            fix="make room or choose another folder, and run the same command again",
+        ) from error
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

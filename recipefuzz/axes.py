@@ -1,0 +1,146 @@
+"""The `space:` and `recipe:` sections of a config: what the user wrote -> axes and values, checked one by one."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from recipefuzz.errors import InputError, did_you_mean, nearest
+from recipefuzz.recipe import AXES, Scalar
+from recipefuzz.source import Source
+from recipefuzz.space import Axis, Choice, Range, Space
+
+RANGE_KEYS = ("low", "high", "log", "step", "integer")
+
+
+def parse_space(section: Mapping[str, Any], source: Source) -> Space:
+    """Axes in the order of the file.
+
+    Raises:
+        InputError: an axis that is not a range or a list, or whose values its rule does not accept.
+    """
+    return Space(tuple((name, _axis(name, spec, source)) for name, spec in section.items()))
+
+
+def parse_values(section: Mapping[str, Any], source: Source) -> dict[str, Scalar]:
+    """The fixed values of `recipe:`.
+
+    Raises:
+        InputError: a value that the axis' rule does not accept.
+    """
+    for name, value in section.items():
+        if isinstance(value, (dict, list)):
+            raise InputError(
+                "one value belongs here",
+                place=source.place("recipe", name),
+                found=value,
+                fix=f"put ranges and lists under space: {{{name}: ...}}",
+            )
+        check_value(name, value, source, "recipe", name)
+    return dict(section)
+
+
+def check_value(name: str, value: Any, source: Source, *path: str | int) -> None:
+    """Raise an InputError unless `value` is a scalar that the axis accepts."""
+    place = source.place(*path)
+    if not isinstance(value, (bool, int, float, str, type(None))):
+        raise InputError("not a single value", place=place, found=value, expected="a number, a word or null")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise InputError("not a finite number", place=place, found=value)
+    rule = AXES.get(name)
+    if rule is not None and not rule.accepts(value):
+        near = nearest(value, rule.words) if isinstance(value, str) and rule.words else ""
+        fix = f"did you mean {near!r}?" if near else ""
+        raise InputError(
+            f"not a value of {name} ({rule.meaning})", place=place, found=value, expected=rule.expected, fix=fix
+        )
+
+
+def _axis(name: str, spec: Any, source: Source) -> Axis:
+    place = source.place("space", name)
+    if isinstance(spec, list):
+        return _choice(name, spec, source)
+    if isinstance(spec, dict):
+        return _range(name, spec, source)
+    raise InputError(
+        "not an axis",
+        place=place,
+        found=spec,
+        expected="a range {low: ..., high: ..., log: true} or a list of choices",
+        fix=f"one fixed value belongs under recipe: {{{name}: {spec}}}",
+    )
+
+
+def _choice(name: str, options: list[Any], source: Source) -> Choice:
+    if not options:
+        raise InputError(
+            "an empty list of choices", place=source.place("space", name), expected="at least one value"
+        )
+    for i, option in enumerate(options):
+        check_value(name, option, source, "space", name, i)
+        if any(option == o and type(option) is type(o) for o in options[:i]):
+            raise InputError("this choice stands twice", place=source.place("space", name, i), found=option)
+    return Choice(tuple(options))
+
+
+def _range(name: str, spec: dict[str, Any], source: Source) -> Range:
+    for key in spec:
+        if key not in RANGE_KEYS:
+            raise InputError(
+                f"unknown key {key!r} of a range",
+                place=source.place("space", name, key),
+                expected=", ".join(RANGE_KEYS),
+                fix=did_you_mean(str(key), RANGE_KEYS),
+            )
+    for key in ("low", "high"):
+        if key not in spec:
+            raise InputError(f"a range without {key!r}", place=source.place("space", name), found=spec)
+        _number(spec[key], source, "space", name, key)
+    for key in ("log", "integer"):
+        if not isinstance(spec.get(key, False), bool):
+            raise InputError("not true or false", place=source.place("space", name, key), found=spec[key])
+    found = Range(
+        spec["low"], spec["high"], spec.get("log", False), _is_integer(name, spec), spec.get("step")
+    )
+    _check_range(name, found, source)
+    for key in ("low", "high"):
+        check_value(name, spec[key], source, "space", name, key)
+    return found
+
+
+def _is_integer(name: str, spec: dict[str, Any]) -> bool:
+    """Said, or known of the axis; an axis of the user's own is integer where all its numbers are."""
+    if name in AXES:
+        return AXES[name].integer or bool(spec.get("integer", False))
+    whole = all(isinstance(spec[k], int) for k in ("low", "high", "step") if spec.get(k) is not None)
+    return bool(spec.get("integer", whole))
+
+
+def _number(value: Any, source: Source, *path: str) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise InputError("not a number", place=source.place(*path), found=value, expected="a number")
+
+
+def _check_range(name: str, axis: Range, source: Source) -> None:
+    place, low, high = source.place("space", name), axis.low, axis.high
+    shown = f"low: {low}, high: {high}"
+    if low > high:
+        fix = f"swap them: low: {high}, high: {low}"
+        raise InputError("a reversed range", place=place, found=shown, expected="low < high", fix=fix)
+    if low == high:
+        fix = f"one fixed value belongs under recipe: {{{name}: {low}}}"
+        raise InputError("an empty range", place=place, found=shown, expected="low < high", fix=fix)
+    if axis.log and low <= 0:
+        fix = f"start above zero, such as low: {high / 1e4:g}, or drop log"
+        raise InputError("a log range can't reach 0", place=place, found=shown, expected="low > 0", fix=fix)
+    if axis.integer and (low != int(low) or high != int(high)):
+        raise InputError("an integer range with a fraction", place=place, found=shown)
+    if axis.step is not None:
+        _number(axis.step, source, "space", name, "step")
+        if axis.log:
+            raise InputError("log and step together", place=place, fix="keep one of them")
+        if not 0 < axis.step <= high - low:
+            bounds = f"more than 0, at most {high - low:g}"
+            where = source.place("space", name, "step")
+            raise InputError("not a step of this range", place=where, found=axis.step, expected=bounds)

@@ -1,0 +1,158 @@
+"""The commands. No logic: parse, call, print, exit code. Heavy modules are imported by the command that needs them."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from recipefuzz.errors import EXIT_BAD_ANSWER, EXIT_INTERRUPTED, InputError, RecipefuzzError
+
+app = typer.Typer(
+    help="Which training recipes are safe, and why the others fail: found by experiment.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="The study's YAML file.", show_default=False)]
+RunName = Annotated[str, typer.Argument(metavar="RUN", help="A run's folder, or the study's name.", show_default=False)]
+
+
+@app.command()
+def search(
+    config: ConfigPath,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Start anew; an existing run is put aside.")] = False,
+    trials: Annotated[int | None, typer.Option(help="Trials in all, instead of the config's.")] = None,
+    workers: Annotated[str | None, typer.Option(help="auto, or a number of worker processes.")] = None,
+    folder: Annotated[Path | None, typer.Option(help="The run's folder, instead of runs/<study>.")] = None,
+) -> None:
+    """Run the study; resume it if it exists. Ends with a ranked table of safe recipes."""
+    from recipefuzz.config import load_config
+    from recipefuzz.engines.pool import warm_up
+    from recipefuzz.report.progress import Progress
+    from recipefuzz.report.terminal import console, summary
+
+    out = console()
+    study = load_config(config).but(trials=trials, workers=workers, folder=folder)
+    warm_up()
+    from recipefuzz.search import search as run_search
+
+    progress = Progress(out, study.axes.names)
+    try:
+        result = run_search(study, fresh=fresh, listener=progress)
+    except KeyboardInterrupt:
+        again = f"recipefuzz search {config}" + "".join(f" {a}" for a in _options(trials, workers, folder))
+        out.print(f"interrupted; everything finished so far is kept. Go on with: {again}")
+        raise
+    finally:
+        progress.close()
+    out.print(summary(result.folder, study, result.results, result.ranked))
+    if result.best is None:
+        raise typer.Exit(EXIT_BAD_ANSWER)
+
+
+def _options(trials: int | None, workers: str | None, folder: Path | None) -> list[str]:
+    given = (("--trials", trials), ("--workers", workers), ("--folder", folder))
+    return [f"{name} {value}" for name, value in given if value is not None]
+
+
+@app.command("run")
+def run_recipes(
+    config: ConfigPath,
+    recipes: Annotated[Path, typer.Argument(metavar="RECIPES.csv", help="A column per axis, a row per recipe.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Where the verdicts go.")] = Path("verdicts.csv"),
+    workers: Annotated[str | None, typer.Option(help="auto, or a number of worker processes.")] = None,
+) -> None:
+    """Judge given recipes: nan, stalled or converging, a row per recipe in the same order."""
+    from recipefuzz.config import load_config
+    from recipefuzz.engines.pool import warm_up
+    from recipefuzz.report.progress import Progress
+    from recipefuzz.report.tables import write_csv
+    from recipefuzz.report.terminal import console, short_path
+
+    screen = console()
+    study = load_config(config).but(workers=workers)
+    warm_up()
+    from recipefuzz.judging import judge_recipes
+
+    progress = Progress(screen, study.axes.names)
+    try:
+        table = judge_recipes(study, recipes, progress)
+    finally:
+        progress.close()
+    write_csv(table, out)
+    counts = ", ".join(f"{n} {verdict}" for verdict, n in table["verdict"].value_counts().items())
+    screen.print(f"{counts}; written to {short_path(out.resolve())}")
+
+
+@app.command()
+def report(
+    run: RunName,
+    svg: Annotated[Path | None, typer.Option(help="Also save the summary as a picture (SVG).")] = None,
+) -> None:
+    """Write a run's tables again, from its store, and print its summary."""
+    from rich.console import Console
+
+    from recipefuzz.atomic import write_atomically
+    from recipefuzz.ranking import best, rank
+    from recipefuzz.report.terminal import console, summary
+    from recipefuzz.report.write import write_reports
+    from recipefuzz.run_folder import RunFolder
+
+    folder = RunFolder.find(run)
+    config, results = folder.load_config(), folder.results()
+    ranking = rank(results, config.search.rank_by)
+    winner = best(ranking, confirmed=config.search.confirm.top > 0)
+    write_reports(folder.path, config, results, ranking, winner)
+    shown = summary(folder.path, config, results, ranking)
+    console().print(shown)
+    if svg is not None:
+        drawing = Console(record=True, width=110, file=Path(os.devnull).open("w"), force_terminal=True)  # noqa: SIM115
+        drawing.print(shown)
+        write_atomically(svg, drawing.export_svg(title=f"recipefuzz search {config.study}"))
+
+
+@app.command()
+def status(run: RunName) -> None:
+    """Counts by verdict, throughput, what is left of a run."""
+    from recipefuzz.report.status import status_lines
+    from recipefuzz.report.terminal import console
+    from recipefuzz.run_folder import RunFolder
+
+    folder = RunFolder.find(run)
+    for line in status_lines(folder):
+        console().print(line)
+
+
+@app.command()
+def init(
+    path: Annotated[Path, typer.Argument(help="The config to write.")] = Path("study.yaml"),
+    model: Annotated[str, typer.Option(help="Your model factory, or a built-in model.")] = "my_model:build",
+    data: Annotated[str, typer.Option(help="Your data loader, or a built-in data set.")] = "my_model:load",
+    loss: Annotated[str, typer.Option(help="cross_entropy, mse, bce or module:loss.")] = "cross_entropy",
+) -> None:
+    """Write a commented config for your own model, to be edited."""
+    from recipefuzz.template import write_template
+
+    for line in write_template(path, model, data, loss):
+        typer.echo(line)
+
+
+def main() -> None:
+    """Entry point: errors become one message and an exit code, never a traceback."""
+    try:
+        code = app(standalone_mode=False)
+        sys.exit(code if isinstance(code, int) else 0)
+    except RecipefuzzError as error:
+        typer.echo(f"recipefuzz: {'error' if isinstance(error, InputError) else 'failed'}: {error}", err=True)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        sys.exit(EXIT_INTERRUPTED)
+    except BrokenPipeError:  # the reader of our output (head, less) has left
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(EXIT_BAD_ANSWER)

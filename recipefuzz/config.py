@@ -1,0 +1,240 @@
+"""A study's config: YAML in, a frozen and checked `Config` out. Nothing in the file is executed.
+
+Every fault is one `InputError` that names the file, the line, the key, what was found and what was expected.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, ValidationError
+
+from recipefuzz.axes import parse_space, parse_values
+from recipefuzz.errors import InputError, did_you_mean
+from recipefuzz.recipe import Recipe, Scalar
+from recipefuzz.source import KeyPath, Source, dotted, read_yaml
+from recipefuzz.space import Range, Space
+
+Samplers = Literal["tpe", "random", "qmc", "grid", "gp", "cmaes"]
+STUDY_NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}"
+UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
+
+
+def _seconds(value: object) -> object:
+    """"90", 90, "90s", "10m", "2h" or "1d" in seconds."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([smhd]?)\s*", str(value))
+    if match is None or isinstance(value, bool):
+        raise ValueError("expected seconds, or a number with s, m, h or d: 90, 10m, 2h")
+    return float(match[1]) * UNITS[match[2] or "s"]
+
+
+Duration = Annotated[float, BeforeValidator(_seconds), Field(gt=0)]
+Count = Annotated[int, Field(ge=1)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=False)
+
+
+class TargetConfig(_Section):
+    """What is trained."""
+
+    data: str
+    model: str
+    loss: str = "cross_entropy"
+    data_args: dict[str, Any] = {}
+    model_args: dict[str, Any] = {}
+
+
+class TrialConfig(_Section):
+    """One short run."""
+
+    steps: Count = 300
+    batch_size: Count = 64
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    extend: Annotated[int, Field(ge=0, le=100)] = 4
+    timeout: Duration | None = None
+
+
+class ConfirmConfig(_Section):
+    """Fresh seeds for the best candidates."""
+
+    top: Annotated[int, Field(ge=0)] = 10
+    seeds: Count = 5
+
+
+class SearchConfig(_Section):
+    """How the space is searched. `trials` is the total across restarts, `time` that of all of them together."""
+
+    trials: Count = 100
+    sampler: Samplers = "tpe"
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    time: Duration | None = None
+    window: Annotated[int, Field(ge=1, le=4096)] = 16
+    grid_points: Annotated[int, Field(ge=2, le=1000)] = 5
+    confirm: ConfirmConfig = ConfirmConfig()
+    rank_by: Literal["skill", "heldout_skill"] = "skill"
+
+
+class RunConfig(_Section):
+    """Where it runs. Nothing here changes a result."""
+
+    device: str = "auto"
+    engine: Literal["auto", "sequential"] = "auto"
+    workers: Literal["auto"] | Annotated[int, Field(ge=0, le=1024)] = "auto"
+    folder: str | None = None
+
+
+class Config(_Section):
+    """A whole study. Without a name it is called like its file. `base` is the folder in which import paths are looked up first."""
+
+    study: Annotated[str, Field(pattern=rf"^{STUDY_NAME}$")] = "study"
+    target: TargetConfig
+    space: dict[str, Any] = {}
+    recipe: dict[str, Any] = {}
+    trial: TrialConfig = TrialConfig()
+    search: SearchConfig = SearchConfig()
+    run: RunConfig = RunConfig()
+    base: str | None = None
+
+    _source: Source = PrivateAttr(default_factory=Source)
+
+    @property
+    def source(self) -> Source:
+        return self._source
+
+    @property
+    def folder(self) -> Path:
+        """Where import paths are looked up first: the config's own folder unless it says `base`."""
+        return (self._source.folder / self.base).resolve() if self.base else self._source.folder
+
+    @cached_property
+    def axes(self) -> Space:
+        return parse_space(self.space, self._source)
+
+    @property
+    def axis_names(self) -> tuple[str, ...]:
+        """The axes that the config names: the searched ones, then the fixed ones."""
+        return (*self.axes.names, *self.recipe)
+
+    def recipe_of(self, values: Mapping[str, Scalar]) -> Recipe:
+        """A recipe: `values` over the fixed ones of the config over the defaults."""
+        return Recipe.of({"batch_size": self.trial.batch_size} | self.recipe | dict(values))
+
+    def default_recipe(self) -> Recipe:
+        """The middle of every range and the first of every choice: a recipe to try things with."""
+        middle = {n: a.grid(3)[len(a.grid(3)) // 2] if isinstance(a, Range) else a.options[0] for n, a in self.axes.axes}
+        return self.recipe_of(middle)
+
+    def but(self, *, trials: int | None = None, workers: str | None = None, folder: Path | None = None) -> Config:
+        """This config with what the command line says instead.
+
+        Raises:
+            InputError: a value that the config would not take.
+        """
+        data = self.model_dump(mode="json")
+        changes = {("search", "trials"): trials, ("run", "workers"): workers, ("run", "folder"): folder}
+        for (section, key), value in changes.items():
+            if value is not None:
+                data[section][key] = str(value) if isinstance(value, Path) else value
+        return parse_config(data, self._source)
+
+    def resolved(self) -> dict[str, Any]:
+        """The config with every default written out and `base` absolute: valid wherever it is put."""
+        return self.model_dump(mode="json") | {"base": str(self.folder)}
+
+
+def load_config(path: str | Path) -> Config:
+    """Read and check a config file.
+
+    Raises:
+        InputError: whatever is wrong with it.
+    """
+    data, source = read_yaml(Path(path))
+    return parse_config({"study": _study_name(Path(path))} | data, source)
+
+
+def _study_name(path: Path) -> str:
+    """A study without a name is called like its file, or like its folder where the file is config.yaml."""
+    stem = path.resolve().parent.name if path.stem == "config" else path.stem
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", stem).strip("-._")[:100] or "study"
+
+
+def parse_config(data: Mapping[str, Any], source: Source | None = None) -> Config:
+    """Check a config that is already a mapping; `source` places the errors.
+
+    Raises:
+        InputError: whatever is wrong with it.
+    """
+    source = source or Source()
+    try:
+        config = Config.model_validate(dict(data))
+    except ValidationError as error:
+        raise _first_fault(error, data, source) from error
+    config._source = source  # noqa: SLF001 - our own private attribute, set once here
+    parse_values(config.recipe, source)
+    both = sorted(set(config.axes.names) & set(config.recipe))
+    if both:
+        place = source.place("recipe", both[0])
+        raise InputError(f"{both[0]} is searched (space) and fixed (recipe)", place=place, fix="keep one of them")
+    return config
+
+
+def _first_fault(error: ValidationError, data: Mapping[str, Any], source: Source) -> InputError:
+    faults = error.errors(include_url=False)
+    first = faults[0]
+    path = tuple(p for p in first["loc"] if p not in ("constrained-int", "literal['auto']", "function-before"))
+    place = source.place(*path)
+    others = "" if len(faults) == 1 else "also wrong: " + "; ".join(_brief(f, source) for f in faults[1:6])
+    if first["type"] == "extra_forbidden":
+        known = _known_keys(path[:-1])
+        return InputError(
+            f"unknown key {path[-1]!r}",
+            place=place,
+            expected=", ".join(known),
+            fix=did_you_mean(str(path[-1]), known),
+            detail=others,
+        )
+    if first["type"] == "missing":
+        expected = MEANING.get(dotted(path), "")
+        return InputError(f"the key {dotted(path)!r} is missing", place=place, expected=expected, detail=others)
+    found = first["input"] if first["input"] is not None else "null"
+    return InputError(_sentence(first), place=place, found=found, expected=MEANING.get(dotted(path), ""), detail=others)
+
+
+def _sentence(fault: Any) -> str:
+    text = str(fault["msg"]).removeprefix("Value error, ")
+    return text[:1].lower() + text[1:]
+
+
+def _brief(fault: Any, source: Source) -> str:
+    return f"{source.place(*fault['loc'])}: {_sentence(fault)}"
+
+
+def _known_keys(path: KeyPath) -> list[str]:
+    section: Any = Config
+    for part in path:
+        section = section.model_fields[part].annotation
+    return list(section.model_fields)
+
+
+MEANING = {
+    "study": "a name for the run's folder: letters, digits, dots and dashes",
+    "target": "what is trained: {data: digits, model: mlp, loss: cross_entropy}",
+    "target.data": 'a built-in data set, or "module:load"',
+    "target.model": 'a built-in model, or "module:build"',
+    "target.loss": 'cross_entropy, mse, bce, or "module:loss"',
+    "trial.steps": "an integer, 1 or more: optimizer steps of one short trial",
+    "trial.batch_size": "an integer, 1 or more",
+    "trial.seed": "an integer, 0 or more",
+    "trial.extend": "an integer, 0 or more: how many more budgets an undecided trial may have",
+    "search.trials": "an integer, 1 or more: trials in all, across restarts",
+    "search.sampler": ", ".join(get_args(Samplers)),
+    "search.time": "a duration such as 600, 10m or 2h",
+    "run.workers": "auto, or a number of processes (0: train in this one)",
+    "run.engine": "auto or sequential",
+}

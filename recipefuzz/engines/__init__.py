@@ -1,0 +1,1 @@
+"""Engines: how tasks are trained."""

@@ -1,0 +1,64 @@
+"""What engines take and give: a job in, an outcome out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+from recipefuzz.recipe import Recipe
+from recipefuzz.trace import Trace
+from recipefuzz.verdict import Verdict
+
+
+@dataclass(frozen=True)
+class Job:
+    """One trial to run.
+
+    Attributes:
+        key: the caller's name for it, handed back with the outcome.
+        whole: run the whole short budget even where the verdict is evident before, so that skills of
+            different recipes can be compared at the same step.
+    """
+
+    key: int
+    recipe: Recipe
+    seed: int
+    whole: bool = False
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a job: a trace with its verdict, or an error with its reason.
+
+    Attributes:
+        baseline: loss of the best constant predictor for this recipe's scaling of the targets.
+        seconds: time it took where it ran.
+    """
+
+    job: Job
+    trace: Trace
+    verdict: Verdict | None
+    baseline: float = float("nan")
+    error: str = ""
+    seconds: float = 0.0
+
+
+class Engine(Protocol):
+    """Trains jobs, many at a time. Jobs may be submitted while others are under way."""
+
+    def submit(self, job: Job) -> None: ...
+
+    def collect(self) -> list[Outcome]:
+        """Wait until at least one submitted job is done; return those that are. Empty if none is left."""
+        ...
+
+    def close(self) -> None: ...
+
+
+def run(engine: Engine, jobs: Iterable[Job]) -> Iterator[Outcome]:
+    """All of `jobs`, in the order in which they finish."""
+    for job in jobs:
+        engine.submit(job)
+    while outcomes := engine.collect():
+        yield from outcomes

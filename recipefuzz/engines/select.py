@@ -1,0 +1,60 @@
+"""Which engine, on which devices, with how many workers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from recipefuzz.config import Config
+from recipefuzz.engines.job import Engine
+from recipefuzz.engines.pool import PoolEngine, cores
+from recipefuzz.engines.sequential import SequentialEngine
+from recipefuzz.errors import InputError
+from recipefuzz.targets.resolve import resolve
+from recipefuzz.verdict import Budget
+
+
+def open_engine(config: Config, say: Callable[[str], None], most: int | None = None) -> Engine:
+    """The engine that the config asks for; `say` gets one line about what was picked.
+
+    Args:
+        most: trials there will be at most: no more workers than that.
+
+    Raises:
+        InputError: a device that this machine does not have.
+    """
+    device = pick_device(config)
+    budget = Budget(config.trial.steps, config.trial.extend)
+    if config.run.workers == 0:
+        say(f"training in this process on {device}")
+        return SequentialEngine(resolve(config), budget, torch.device(device))
+    devices = worker_devices(device, config.run.workers)
+    if most is not None:
+        devices = devices[: max(1, most)]
+    workers = "1 worker process" if len(devices) == 1 else f"{len(devices)} worker processes"
+    say(f"sequential engine, {workers} on {device}")
+    return PoolEngine(config, budget, devices, config.trial.timeout)
+
+
+def pick_device(config: Config) -> str:
+    """`auto` is a CUDA GPU if there is one, else the CPU; MPS is slower than the CPU on small models."""
+    wanted = config.run.device
+    if wanted == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    place = config.source.place("run", "device")
+    kind, _, index = wanted.partition(":")
+    if kind not in ("cpu", "cuda", "mps") or (index and (kind != "cuda" or not index.isdigit())):
+        raise InputError("not a device", place=place, found=wanted, expected="auto, cpu, cuda, cuda:0, ... or mps")
+    there = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}[kind]
+    if there <= int(index or 0):
+        have = "a CPU" + (f" and {torch.cuda.device_count()} CUDA GPUs" if torch.cuda.is_available() else " only")
+        raise InputError("this machine has no such device", place=place, found=wanted, expected=f"it has {have}", fix="device: auto")
+    return wanted
+
+
+def worker_devices(device: str, workers: int | str) -> list[str]:
+    """The device of each worker: `auto` is one a core on the CPU, one a GPU on CUDA."""
+    gpus = [f"cuda:{i}" for i in range(torch.cuda.device_count())] if device == "cuda" else [device]
+    count = (cores() if device == "cpu" else len(gpus)) if isinstance(workers, str) else workers
+    return [gpus[i % len(gpus)] for i in range(count)]

@@ -1,0 +1,131 @@
+"""What users see when something is wrong: where, what was found, what was expected, how to mend it."""
+
+from __future__ import annotations
+
+import difflib
+import traceback
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+EXIT_DONE = 0
+EXIT_BAD_ANSWER = 1  # the question was answered, and the answer is bad: no safe recipe
+EXIT_BAD_INPUT = 2
+EXIT_RUN_FAILED = 3
+EXIT_INTERRUPTED = 130
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a fault lies: a file, perhaps a line (from 1), perhaps a key path such as `space.lr.low`."""
+
+    file: str = ""
+    line: int | None = None
+    key: str = ""
+
+    def __str__(self) -> str:
+        spot = f"{self.file}:{self.line}" if self.file and self.line else self.file
+        return ": ".join(part for part in (spot, self.key) if part)
+
+
+class RecipefuzzError(Exception):
+    """Base of everything raised on purpose; the command line prints it without a traceback.
+
+    Args:
+        problem: one sentence: what is wrong.
+        place: where.
+        found: the offending value, as the user wrote it.
+        expected: what is accepted there.
+        fix: what to do.
+        detail: further lines shown as they are (a trimmed traceback of the user's code, a diff).
+    """
+
+    exit_code = EXIT_RUN_FAILED
+
+    def __init__(
+        self,
+        problem: str,
+        *,
+        place: Place | None = None,
+        found: object = None,
+        expected: str = "",
+        fix: str = "",
+        detail: str = "",
+    ) -> None:
+        self.problem = problem
+        self.place = place or Place()
+        self.found = found
+        self.expected = expected
+        self.fix = fix
+        self.detail = detail
+        super().__init__(str(self))
+
+    def __str__(self) -> str:
+        head = f"{self.place}: {self.problem}" if str(self.place) else self.problem
+        rows = [("found", shorten(self.found)), ("expected", self.expected), ("fix", self.fix)]
+        lines = [head, *(f"  {name + ':':<10}{text}" for name, text in rows if text)]
+        if self.detail:
+            lines += ["", *(f"  {line}" for line in self.detail.rstrip().splitlines())]
+        return "\n".join(lines)
+
+
+class InputError(RecipefuzzError):
+    """The config, the recipes or the user's code can't be used as given. Nothing was overwritten."""
+
+    exit_code = EXIT_BAD_INPUT
+
+
+class RunFailedError(RecipefuzzError):
+    """The input was good, but the run could not go on: a full disk, a damaged store, a dead worker."""
+
+
+class NotFusableError(InputError):
+    """The engine that was asked for can't train this model."""
+
+
+def shorten(value: object, limit: int = 120) -> str:
+    """`repr` of a value for a message, at most `limit` characters; empty for None."""
+    if value is None:
+        return ""
+    text = value if isinstance(value, str) else repr(value)
+    return text if len(text) <= limit else text[: limit - 3] + "..."
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """The known word that `word` is probably a typo of, or an empty string."""
+    matches = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
+    return matches[0] if matches else ""
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    known = sorted(known)
+    near = nearest(word, known)
+    return f"did you mean {near!r}?" if near else f"known: {', '.join(known)}"
+
+
+def user_traceback(error: BaseException) -> str:
+    """The traceback without the frames of recipefuzz and of installed packages: the user's own code.
+
+    Frames of packages are kept where the user's code has none (an installed model, say).
+    """
+    own = str(Path(__file__).parent)
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith(own)]
+    users = [f for f in frames if "site-packages" not in f.filename and not _is_internal(f.filename)]
+    shown = traceback.format_list(users or frames[-2:])
+    return "".join([*shown, *traceback.format_exception_only(error)]).rstrip()
+
+
+def _is_internal(filename: str) -> bool:
+    return filename.startswith("<") or filename.startswith(str(Path(traceback.__file__).parent))
+
+
+def describe_exception(error: BaseException) -> str:
+    """One line: the exception's class and first line, and the user's file and line where it was raised."""
+    text = str(error).strip().splitlines()
+    message = f"{type(error).__name__}: {text[0]}" if text else type(error).__name__
+    own = str(Path(__file__).parent)
+    for frame in reversed(traceback.extract_tb(error.__traceback__)):
+        if "site-packages" not in frame.filename and not frame.filename.startswith(own):
+            if not _is_internal(frame.filename):
+                return f"{message} ({Path(frame.filename).name}:{frame.lineno})"
+    return message

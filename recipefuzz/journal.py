@@ -1,0 +1,154 @@
+"""An append-only file of JSON lines, written in batches, that survives a kill at any moment and a full disk.
+
+It keeps Optuna's journal format, so `optuna.storages.JournalStorage` works on top of it and other programs of Optuna's
+can read the file. Optuna's own file backend locks, writes and syncs once for each parameter of each trial, and appends
+to a torn last line, which damages the file; this one buffers until `flush`, and cuts the torn line off first.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from recipefuzz.errors import InputError, Place, RunFailedError
+
+try:
+    import fcntl
+except ImportError:  # Windows: no lock, so starting two searches in one folder is not noticed
+    fcntl = None  # type: ignore[assignment]
+
+
+class Journal:
+    """The journal of one run, held by one writer at a time.
+
+    Args:
+        path: the file; made if it is to be written.
+        write: take the lock and cut off a torn tail. Readers take no lock and skip the tail.
+
+    Raises:
+        InputError: another process writes it, or a line in the middle is no JSON.
+        RunFailedError: the file can't be opened.
+    """
+
+    def __init__(self, path: Path, *, write: bool) -> None:
+        self._path = path
+        self._pending: list[str] = []
+        self._file = self._open_locked() if write else None
+        self._logs, self._size = _read(path)
+        if self._file is not None:
+            self._file.truncate(self._size)
+
+    def _open_locked(self) -> Any:
+        try:
+            file = self._path.open("ab", buffering=0)
+        except OSError as error:
+            raise _cannot("open", self._path, error) from error
+        if fcntl is None:
+            return file
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            file.close()
+            raise InputError(
+                "another recipefuzz is at work in this run",
+                place=Place(str(self._path.parent)),
+                fix="wait for it (recipefuzz status shows it), stop it, or give this study another name",
+            ) from error
+        except OSError as error:
+            if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
+                raise _cannot("lock", self._path, error) from error
+        return file
+
+    def read_logs(self, log_number_from: int) -> list[dict[str, Any]]:
+        return self._logs[log_number_from:]
+
+    def append_logs(self, logs: Iterable[dict[str, Any]]) -> None:
+        """Add entries; they are on disk after the next `flush`."""
+        for log in logs:
+            self._pending.append(json.dumps(log, separators=(",", ":"), allow_nan=False))
+            self._logs.append(log)
+
+    def flush(self) -> None:
+        """Write all entries added since in one piece.
+
+        Raises:
+            RunFailedError: the disk is full or gone. Nothing of the batch is left in the file.
+        """
+        if not self._pending or self._file is None:
+            return
+        data = ("\n".join(self._pending) + "\n").encode()
+        try:
+            written = 0
+            while written < len(data):
+                written += self._file.write(data[written:])
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                self._file.truncate(self._size)
+            raise _cannot("write", self._path, error) from error
+        self._size += len(data)
+        self._pending.clear()
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+
+
+def is_locked(path: Path) -> bool:
+    """Whether a writer holds the journal."""
+    if fcntl is None:
+        return False
+    with path.open("rb") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        except OSError:
+            return False
+    return False
+
+
+def _cannot(verb: str, path: Path, error: OSError) -> RunFailedError:
+    kept = "everything finished before is kept; make room and run the same command again"
+    fix = kept if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
+    return RunFailedError(f"can't {verb} the run's journal: {error.strerror}", place=Place(str(path)), fix=fix)
+
+
+def _read(path: Path) -> tuple[list[dict[str, Any]], int]:
+    """Entries of the file, and the bytes that they take. A torn last line is not counted."""
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise _cannot("read", path, error) from error
+    logs: list[dict[str, Any]] = []
+    size = 0
+    lines = data.splitlines(keepends=True)
+    for number, line in enumerate(lines, start=1):
+        log = _entry(line)
+        if log is None:
+            if number == len(lines):
+                break
+            raise InputError(
+                "the run's journal is damaged: this line is no entry",
+                place=Place(str(path), number),
+                found=line[:60],
+                fix="restore the file from a copy, or start again with --fresh (the old folder is kept)",
+            )
+        logs.append(log)
+        size += len(line)
+    return logs, size
+
+
+def _entry(line: bytes) -> dict[str, Any] | None:
+    if not line.endswith(b"\n"):
+        return None
+    try:
+        log = json.loads(line)
+    except ValueError:
+        return None
+    return log if isinstance(log, dict) and "op_code" in log else None

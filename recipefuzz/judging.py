@@ -1,0 +1,141 @@
+"""Verdicts for given recipes: no search, no store; a table in, a table out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from recipefuzz.config import Config
+from recipefuzz.engines.job import Job, run
+from recipefuzz.engines.rehearse import rehearse
+from recipefuzz.engines.select import open_engine
+from recipefuzz.errors import InputError, Place, did_you_mean
+from recipefuzz.recipe import AXES, Recipe, Scalar
+from recipefuzz.report.tables import VERDICT_COLUMNS, verdicts_frame
+from recipefuzz.result import Phase, TrialResult
+from recipefuzz.search import Listener, Silent, as_config, to_result
+from recipefuzz.targets.resolve import resolve
+from recipefuzz.targets.task import Task
+
+NUMBER_COLUMNS = ("trial", "row", "index", "rank")  # columns of our own tables that are no axes
+
+
+def judge_recipes(
+    config: Config | dict[str, Any] | str | Path, recipes: Path | str | pd.DataFrame, listener: Listener | None = None
+) -> pd.DataFrame:
+    """Judge recipes with the config's target and trial.
+
+    Args:
+        recipes: a CSV file or its table: a column per axis, a row per recipe; an empty cell is null.
+
+    Returns:
+        The table as given, with the columns verdict, cause, skill, steps and reason.
+
+    Raises:
+        InputError: an unknown or a missing column, a value that an axis does not accept.
+    """
+    config = as_config(config)
+    listener = listener or Silent()
+    place = Place("recipes" if isinstance(recipes, pd.DataFrame) else str(recipes))
+    table = recipes.copy() if isinstance(recipes, pd.DataFrame) else read_table(Path(recipes))
+    task = resolve(config)
+    axes = _axes(table, task, config, place)
+    parsed = [_recipe(config, table, axes, row, place) for row in range(len(table))]
+    rehearse(task, config, parsed[0])
+    return verdicts_frame(table, _train(config, parsed, listener))
+
+
+def read_table(path: Path) -> pd.DataFrame:
+    """A CSV as text: "none" and "nan" are words here, and an empty cell is an empty string.
+
+    Raises:
+        InputError: no such file, not UTF-8, rows of different lengths, no rows.
+    """
+    place = Place(str(path))
+    try:
+        table = pd.read_csv(path, dtype=str, keep_default_na=False, encoding="utf-8-sig", skipinitialspace=True)
+    except FileNotFoundError as error:
+        raise InputError("no such file", place=place, expected="a CSV with a column per axis") from error
+    except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as error:
+        text = str(error).strip().splitlines()[-1]
+        raise InputError(f"not a CSV: {text}", place=place, expected="a header and rows of one length") from error
+    except OSError as error:
+        raise InputError(f"can't be read: {error.strerror}", place=place) from error
+    table.columns = table.columns.str.strip()
+    if table.empty:
+        raise InputError("no recipes", place=place, expected="at least one row below the header")
+    return table
+
+
+def _axes(table: pd.DataFrame, task: Task, config: Config, place: Place) -> list[str]:
+    """The columns that are axes; the others are ours, or an error."""
+    takes = task.takes if task.takes is not None else frozenset(map(str, table.columns))
+    known = sorted({*AXES, *(takes - {"norm"}), *config.axis_names})
+    ignored = (*VERDICT_COLUMNS, *NUMBER_COLUMNS)
+    axes = [str(c) for c in table.columns if c not in ignored or c in AXES]
+    for column in axes:
+        if column not in known:
+            raise InputError(
+                f"unknown column {column!r}",
+                place=Place(place.file, 1),
+                expected=", ".join(known),
+                fix=did_you_mean(column, known),
+            )
+    missing = [name for name in config.axes.names if name not in axes]
+    if missing or not axes:
+        what = f"the column {missing[0]!r} is missing" if missing else "no column is an axis"
+        expected = f"a column for each searched axis: {', '.join(config.axes.names) or ', '.join(AXES)}"
+        raise InputError(what, place=Place(place.file, 1), found=", ".join(map(str, table.columns)), expected=expected)
+    return axes
+
+
+def _recipe(config: Config, table: pd.DataFrame, axes: list[str], row: int, place: Place) -> Recipe:
+    values = {axis: parse_cell(axis, table[axis].iloc[row]) for axis in axes}
+    for axis, value in values.items():
+        rule = AXES.get(axis)
+        if rule is not None and not rule.accepts(value):
+            raise InputError(
+                f"not a value of {axis} ({rule.meaning})",
+                place=Place(place.file, row + 2, axis),
+                found=table[axis].iloc[row] if value is not None else "an empty cell",
+                expected=rule.expected.replace("null", "an empty cell"),
+            )
+    return config.recipe_of(values)
+
+
+def parse_cell(axis: str, cell: Any) -> Scalar:
+    """A cell's value: null where empty, a number where it reads as one, else the word."""
+    if cell is None or (isinstance(cell, float) and cell != cell):
+        return None
+    if not isinstance(cell, str):
+        value = cell.item() if hasattr(cell, "item") else cell
+        return value  # type: ignore[no-any-return]
+    text = cell.strip()
+    if not text or text.lower() == "null":
+        return None
+    if axis in AXES and AXES[axis].words:
+        return text
+    if text in ("True", "False", "true", "false"):
+        return text.lower() == "true"
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text
+
+
+def _train(config: Config, recipes: list[Recipe], listener: Listener) -> list[TrialResult]:
+    engine = open_engine(config, listener.say, most=len(recipes))
+    results: dict[int, TrialResult] = {}
+    listener.begin(Phase.SEARCH, (), len(recipes))
+    try:
+        for outcome in run(engine, [Job(i, recipe, config.trial.seed) for i, recipe in enumerate(recipes)]):
+            result = to_result(config, outcome, Phase.SEARCH)
+            results[result.trial] = result
+            listener.finished(result)
+    finally:
+        engine.close()
+    return [results[i] for i in range(len(recipes))]

@@ -1,0 +1,1 @@
+"""Reports: tables, and what the terminal shows."""

@@ -1,0 +1,90 @@
+"""The picture that answers before a table does: what share of the recipes converges along each axis."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rich.console import Group
+from rich.table import Table
+from rich.text import Text
+
+from recipefuzz.recipe import Scalar
+from recipefuzz.result import Phase, TrialResult
+from recipefuzz.space import Axis, Choice, Range, Space
+from recipefuzz.verdict import Label
+
+BLOCKS = " ▁▂▃▄▅▆▇█"
+BINS = 24
+COLORS = {"converging": "green", "stalled": "yellow", "nan": "red", "error": "magenta"}
+
+
+def picture(results: Sequence[TrialResult], space: Space) -> Group:
+    """A line per axis: height is the share of trials that converged, colour the most frequent outcome."""
+    trials = [r for r in results if r.phase is Phase.SEARCH]
+    grid = Table.grid(padding=(0, 1))
+    for column in ("right", "right", "left", "left"):
+        grid.add_column(justify=column)  # type: ignore[arg-type]
+    for name, axis in space.axes:
+        grid.add_row(f"[bold]{name}[/]", *_line(name, axis, trials))
+    return Group(_legend(trials), grid)
+
+
+def outcome(result: TrialResult) -> str:
+    return result.verdict or "error"
+
+
+def _legend(trials: Sequence[TrialResult]) -> Text:
+    text = Text("share of trials that converge along each axis   ", style="dim")
+    for label in (Label.CONVERGING, Label.STALLED, Label.NAN, "error"):
+        count = sum(outcome(r) == label for r in trials)
+        if count:
+            text.append(f"■ {label} {count}  ", style=COLORS[label])
+    return text
+
+
+def _line(name: str, axis: Axis, trials: Sequence[TrialResult]) -> tuple[str, Text, str]:
+    if isinstance(axis, Range):
+        bins: list[list[TrialResult]] = [[] for _ in range(BINS)]
+        for trial in trials:
+            value = trial.values[name]
+            assert isinstance(value, (int, float))
+            bins[min(BINS - 1, int(axis.position(value) * BINS))].append(trial)
+        text = Text.assemble(*(_block(b) for b in bins))
+        return f"{axis.low:g}", text, f"{axis.high:g}{' (log)' if axis.log else ''}"
+    return "", _choices(name, axis, trials), ""
+
+
+def _choices(name: str, axis: Choice, trials: Sequence[TrialResult]) -> Text:
+    text = Text()
+    for option in axis.options:
+        inside = [t for t in trials if t.values[name] == option]
+        share = f" {sum(t.converging for t in inside) / len(inside):.0%}  " if inside else " -  "
+        text.append(shown(option)).append(" ").append(*_block(inside)).append(share, style="dim")
+    return text
+
+
+def _block(trials: Sequence[TrialResult]) -> tuple[str, str]:
+    """A block as high as the share that converged; a low one still shows its colour."""
+    if not trials:
+        return "·", "dim"
+    outcomes = [outcome(t) for t in trials]
+    share = outcomes.count(Label.CONVERGING) / len(trials)
+    most = max(set(outcomes), key=lambda o: (outcomes.count(o), o))
+    return BLOCKS[max(1, round(share * (len(BLOCKS) - 1)))], COLORS[most]
+
+
+def shown(value: Scalar) -> str:
+    """A recipe's value for people: three digits, null as in the config."""
+    if value is None:
+        return "null"
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+def sparkline(values: Sequence[float], width: int = 16) -> str:
+    """A loss curve in one line of text, its own smallest value at the bottom."""
+    if not values:
+        return ""
+    points = [values[i * len(values) // width] for i in range(width)] if len(values) > width else list(values)
+    low, high = min(points), max(points)
+    spread = (high - low) or 1.0
+    return "".join(BLOCKS[1 + round((p - low) / spread * (len(BLOCKS) - 2))] for p in points)

@@ -1,0 +1,50 @@
+"""Where a run stands, read from its store without torch."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+
+from recipefuzz.config import Config
+from recipefuzz.ranking import candidates, rank
+from recipefuzz.report.picture import COLORS, outcome, shown
+from recipefuzz.result import Phase, TrialResult
+from recipefuzz.run_folder import RunFolder
+
+
+def status_lines(folder: RunFolder) -> Iterator[str]:
+    """Counts by verdict, throughput, what is left, the best so far: a line each."""
+    config, results = folder.load_config(), folder.results()
+    searched = [r for r in results if r.phase is Phase.SEARCH]
+    confirming = [r for r in results if r.phase is Phase.CONFIRM]
+    yield f"{config.study}: {_state(folder, config, searched, confirming)}"
+    yield f"  search   {len(searched)} of {config.search.trials} trials: {_counts(searched)}"
+    yield f"  confirm  {len(confirming)} of {_wanted(config, searched)} runs: {_counts(confirming)}"
+    elapsed = folder.seconds()
+    if searched and elapsed > 0:
+        yield f"  speed    {len(searched) / elapsed:.2f} trials/s over {elapsed:.0f} s of search"
+    ranking = rank(results, config.search.rank_by)
+    if ranking:
+        top = ranking[0]
+        values = ", ".join(f"{n} {shown(top.trial.values[n])}" for n in config.axes.names)
+        yield f"  best     trial {top.trial.trial}: {values}; skill {top.skill:.3f}, passed {top.passed}/{top.runs}"
+
+
+def _state(
+    folder: RunFolder, config: Config, searched: list[TrialResult], confirming: list[TrialResult]
+) -> str:
+    if folder.is_held():
+        return "running"
+    left = config.search.trials - len(searched)
+    if left > 0 and not confirming:
+        return f"stopped; {left} trials are left: recipefuzz search {folder.config}"
+    return "done"
+
+
+def _wanted(config: Config, searched: list[TrialResult]) -> int:
+    return len(candidates(searched, config.search.confirm.top)) * config.search.confirm.seeds
+
+
+def _counts(results: list[TrialResult]) -> str:
+    counts = Counter(outcome(r) for r in results)
+    return ", ".join(f"{counts[k]} {k}" for k in COLORS if counts[k]) or "none yet"

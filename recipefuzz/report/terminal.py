@@ -1,0 +1,109 @@
+"""What a finished run prints: the picture, the best recipes, what fails most and why, where the files are."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console, Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from recipefuzz.config import Config
+from recipefuzz.ranking import Ranked
+from recipefuzz.report.failures import buckets
+from recipefuzz.report.picture import picture, shown, sparkline
+from recipefuzz.result import Phase, TrialResult
+
+TOP = 8
+FAILURES = 5
+LOG_WIDTH = 140
+
+
+def summary(
+    folder: Path, config: Config, results: Sequence[TrialResult], ranking: Sequence[Ranked]
+) -> RenderableType:
+    """Everything that is printed at the end of a search."""
+    searched = [r for r in results if r.phase is Phase.SEARCH]
+    parts: list[RenderableType] = []
+    if searched:
+        parts += [picture(searched, config.axes), ""]
+    parts += [_verdict_line(ranking), *_top(ranking, config), *_failures(results, config), "", _files(folder)]
+    return Group(*parts)
+
+
+def _verdict_line(ranking: Sequence[Ranked]) -> Text:
+    safe = [r for r in ranking if r.safe]
+    if safe:
+        noun = "recipe" if len(safe) == 1 else "recipes"
+        return Text(f"{len(safe)} safe {noun}: converging on every confirming seed", style="bold green")
+    if not ranking:
+        return Text("no recipe converged", style="bold red")
+    if all(r.runs == 0 for r in ranking):
+        return Text(f"{len(ranking)} recipes converged; none was confirmed on other seeds", style="bold yellow")
+    return Text("no recipe converged on every confirming seed", style="bold red")
+
+
+def _top(ranking: Sequence[Ranked], config: Config) -> list[RenderableType]:
+    if not ranking:
+        return []
+    table = Table(box=None, header_style="dim", pad_edge=False)
+    names = config.axes.names
+    for column in ("", *names, "passed", "skill", "held-out", "loss", "trial"):
+        table.add_column(column, justify="left" if column == "loss" else "right")
+    for place, row in enumerate(ranking[:TOP], start=1):
+        passed = f"{row.passed}/{row.runs}" if row.runs else "-"
+        table.add_row(
+            str(place),
+            *(shown(row.trial.values[n]) for n in names),
+            passed,
+            _number(row.skill),
+            _number(row.heldout_skill),
+            f"[green]{sparkline(row.trial.curve)}[/]",
+            str(row.trial.trial),
+            style="" if row.safe else "dim",
+        )
+    return [table, *_overfits(ranking[0])]
+
+
+def _overfits(best: Ranked) -> list[RenderableType]:
+    """A warning where the winner learned its training rows and not the rest (skill apart by more than half)."""
+    if not math.isfinite(best.heldout_skill) or best.skill - best.heldout_skill < 0.5:
+        return []
+    text = "the winner does much better on training rows than on held-out ones; search: {rank_by: heldout_skill}"
+    return [Text(text, style="yellow")]
+
+
+def _failures(results: Sequence[TrialResult], config: Config) -> list[RenderableType]:
+    found = buckets(results, config.axes)
+    if not found:
+        return []
+    lines: list[RenderableType] = ["", Text("what fails", style="bold")]
+    for bucket in found[:FAILURES]:
+        lines += [Text(f"  {bucket}"), Text(f"      such as trial {bucket.example.trial}: {bucket.reason}", style="dim")]
+    if len(found) > FAILURES:
+        lines.append(Text(f"  and {len(found) - FAILURES} more kinds in failures.csv", style="dim"))
+    return lines
+
+
+def _files(folder: Path) -> Text:
+    names = [n for n in ("recipe.yaml", "ranking.csv", "trials.csv", "failures.csv") if (folder / n).exists()]
+    return Text(f"files in {short_path(folder)}: {', '.join(names)}", style="dim")
+
+
+def short_path(path: Path) -> str:
+    """Relative to the working directory where that is shorter."""
+    relative = os.path.relpath(path)
+    return min(relative, str(path), key=len)
+
+
+def _number(value: float) -> str:
+    return f"{value:.3f}" if math.isfinite(value) else "-"
+
+
+def console(*, stderr: bool = False) -> Console:
+    """Colours and width of the terminal; no wrapping in a batch job's log."""
+    screen = Console(stderr=stderr, highlight=False)
+    return screen if screen.is_terminal else Console(stderr=stderr, highlight=False, width=LOG_WIDTH)

@@ -1,0 +1,154 @@
+"""A run's folder: made, found again, refused when the study in it is another one."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from recipefuzz.atomic import write_atomically
+from recipefuzz.config import Config, load_config
+from recipefuzz.errors import InputError, Place, RunFailedError
+from recipefuzz.journal import is_locked
+from recipefuzz.result import TrialResult
+from recipefuzz.store import Store
+
+RUNS = Path("runs")
+JOURNAL, CONFIG = "study.journal", "config.yaml"
+FREE = {  # keys that change no trial, so a run may go on with others
+    "search": ("trials", "time", "confirm", "rank_by"),
+}
+
+
+class RunFolder:
+    """`runs/<study>/`: the resolved config, the journal, the tables."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path.resolve()
+        self.journal = self.path / JOURNAL
+        self.config = self.path / CONFIG
+
+    @classmethod
+    def of(cls, config: Config) -> RunFolder:
+        return cls(Path(config.run.folder) if config.run.folder else RUNS / config.study)
+
+    @classmethod
+    def find(cls, name: str) -> RunFolder:
+        """An existing run, by its folder, by a file in it, or by the study's name.
+
+        Raises:
+            InputError: there is none.
+        """
+        for path in (Path(name), RUNS / name, Path(name).parent):
+            if (path / JOURNAL).is_file():
+                return cls(path)
+        known = sorted(p.parent.name for p in RUNS.glob(f"*/{JOURNAL}"))
+        raise InputError(
+            "no run there",
+            place=Place(name),
+            expected=f"a folder with {JOURNAL} in it, such as {RUNS / 'quickstart'}",
+            fix=f"runs here: {', '.join(known)}" if known else "recipefuzz search CONFIG makes one",
+        )
+
+    def results(self) -> list[TrialResult]:
+        """All finished trials, read while another process may be writing."""
+        store = Store(self.journal, write=False)
+        try:
+            return store.results()
+        finally:
+            store.close()
+
+    def seconds(self) -> float:
+        """Time that the search has taken so far, over its restarts."""
+        store = Store(self.journal, write=False)
+        try:
+            return store.seconds()
+        finally:
+            store.close()
+
+    def is_held(self) -> bool:
+        """Whether a process is at work in the run."""
+        return is_locked(self.journal)
+
+    def load_config(self) -> Config:
+        return load_config(self.config)
+
+    def open(self, config: Config, code: Mapping[str, str], *, fresh: bool) -> Store:
+        """Make the folder or resume what is in it, and hold it until the store is closed.
+
+        Args:
+            code: fingerprints of the user's source files, by name.
+            fresh: put an existing run aside and start anew.
+
+        Raises:
+            InputError: another config or other code made the run; another process is at work in it.
+            RunFailedError: the folder can't be written.
+        """
+        if fresh:
+            self._put_aside()
+        self._make()
+        store = Store(self.journal, write=True)
+        try:
+            if old := store.meta():
+                self._compare(old, identity(config, code))
+            write_atomically(self.config, to_yaml(config.resolved() | {"run": self._placed(config)}))
+        except BaseException:
+            store.close()
+            raise
+        return store
+
+    def _placed(self, config: Config) -> dict[str, Any]:
+        return config.run.model_dump(mode="json") | {"folder": str(self.path)}
+
+    def _make(self) -> None:
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise RunFailedError(
+                f"can't make the run's folder: {error.strerror}",
+                place=Place(str(self.path)),
+                fix="run.folder in the config, or --folder, names another place",
+            ) from error
+
+    def _put_aside(self) -> None:
+        if not self.path.exists():
+            return
+        Store(self.journal, write=True).close()  # refuses while another process is at work
+        number = 1
+        while (aside := self.path.with_name(f"{self.path.name}.old-{number}")).exists():
+            number += 1
+        self.path.rename(aside)
+
+    def _compare(self, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
+        if old == new:
+            return
+        lines = difflib.unified_diff(
+            to_yaml(old).splitlines(), to_yaml(new).splitlines(), "this run", "now", lineterm="", n=1
+        )
+        raise InputError(
+            "this run was made with another config or other code",
+            place=Place(str(self.path)),
+            expected="the same study; only search.trials, time, confirm, rank_by and run.* may change",
+            fix="give the study another name, or --fresh to start anew (the old folder is kept)",
+            detail="\n".join(list(lines)[2:]),
+        )
+
+
+def identity(config: Config, code: Mapping[str, str]) -> dict[str, Any]:
+    """What makes two runs the same study: all that a trial depends on, and how recipes are asked for."""
+    parts = config.resolved()
+    for section, keys in FREE.items():
+        parts[section] = {k: v for k, v in parts[section].items() if k not in keys}
+    return {k: v for k, v in parts.items() if k not in ("run", "base", "study")} | {"code": dict(code)}
+
+
+def fingerprints(files: list[Path]) -> dict[str, str]:
+    return {file.name: hashlib.sha256(file.read_bytes()).hexdigest()[:12] for file in files}
+
+
+def to_yaml(values: Mapping[str, Any]) -> str:
+    return yaml.safe_dump(dict(values), sort_keys=False, default_flow_style=None, width=100)

@@ -1,0 +1,194 @@
+"""The plot of the story: ask for recipes, train, judge, tell; then confirm the best on fresh seeds, and rank."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from recipefuzz.config import Config, load_config, parse_config
+from recipefuzz.engines.job import Engine, Job, Outcome, run
+from recipefuzz.engines.rehearse import rehearse
+from recipefuzz.engines.select import open_engine
+from recipefuzz.errors import InputError
+from recipefuzz.ranking import Ranked, best, candidates, rank
+from recipefuzz.recipe import Recipe
+from recipefuzz.report.write import write_reports
+from recipefuzz.report.tables import ranking_frame, trials_frame
+from recipefuzz.result import Phase, TrialResult, result_of
+from recipefuzz.run_folder import RunFolder, fingerprints, identity
+from recipefuzz.store import StudySearch
+from recipefuzz.targets.resolve import resolve, user_files
+from recipefuzz.verdict import Budget
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+class Listener(Protocol):
+    """Hears how the run goes."""
+
+    def begin(self, phase: Phase, done: Iterable[TrialResult], total: int) -> None: ...
+
+    def finished(self, result: TrialResult) -> None: ...
+
+    def say(self, line: str) -> None: ...
+
+
+class Silent:
+    """A listener for programs."""
+
+    def begin(self, phase: Phase, done: Iterable[TrialResult], total: int) -> None: ...
+
+    def finished(self, result: TrialResult) -> None: ...
+
+    def say(self, line: str) -> None: ...
+
+
+@dataclass(frozen=True)
+class SearchResult:
+    """All finished trials of a run and the ranking of its recipes."""
+
+    folder: Path
+    config: Config
+    results: tuple[TrialResult, ...]
+
+    @cached_property
+    def ranked(self) -> list[Ranked]:
+        return rank(self.results, self.config.search.rank_by)
+
+    @property
+    def trials(self) -> pd.DataFrame:
+        """trials.csv as a DataFrame."""
+        return trials_frame(self.results, self.config.axis_names)
+
+    @property
+    def ranking(self) -> pd.DataFrame:
+        """ranking.csv as a DataFrame."""
+        return ranking_frame(self.ranked, self.config.axis_names)
+
+    @property
+    def winner(self) -> Ranked | None:
+        return best(self.ranked, confirmed=self.config.search.confirm.top > 0)
+
+    @property
+    def best(self) -> Recipe | None:
+        """The safe recipe at the top of the ranking; None if there is none."""
+        return self.winner.trial.recipe if self.winner else None
+
+
+def search(
+    config: Config | dict[str, Any] | str | Path, *, fresh: bool = False, listener: Listener | None = None
+) -> SearchResult:
+    """Search a study's space, confirm and rank its safe recipes; resume the run if it exists.
+
+    Args:
+        config: a config file, its contents as a mapping, or a checked Config.
+        fresh: put an existing run of this name aside instead of resuming it.
+
+    Raises:
+        InputError: what is wrong with the config or the user's code, before anything is trained.
+        RunFailedError: the run could not go on; what was finished is kept.
+    """
+    config = as_config(config)
+    listener = listener or Silent()
+    if not config.space:
+        raise InputError(
+            "nothing to search: the config has no space",
+            place=config.source.place("space"),
+            expected="at least one axis, such as space: {lr: {low: 1e-5, high: 10, log: true}}",
+        )
+    rehearse(resolve(config), config)
+    with _opened(config, fresh) as (folder, study):
+        engine = open_engine(config, listener.say)
+        try:
+            _explore(config, study, engine, listener)
+            _confirm(config, study, engine, listener)
+        finally:
+            engine.close()
+            result = SearchResult(folder.path, config, tuple(study.results))
+            write_reports(folder.path, config, result.results, result.ranked, result.winner)
+    return result
+
+
+def as_config(config: Config | dict[str, Any] | str | Path) -> Config:
+    if isinstance(config, Config):
+        return config
+    return parse_config(config) if isinstance(config, dict) else load_config(config)
+
+
+@contextmanager
+def _opened(config: Config, fresh: bool) -> Iterator[tuple[RunFolder, StudySearch]]:
+    folder = RunFolder.of(config)
+    code = fingerprints(user_files(config))
+    store = folder.open(config, code, fresh=fresh)
+    try:
+        yield folder, store.begin(identity(config, code), config.axes, config.search)
+    finally:
+        store.close()
+
+
+def _explore(config: Config, study: StudySearch, engine: Engine, listener: Listener) -> None:
+    """Ask, train, judge, tell until the budget of trials or of time is spent."""
+    listener.begin(Phase.SEARCH, study.results, study.total)
+    clock = _Clock(config.search.time, study.seconds)
+    while True:
+        for asked in study.refill(stop=clock.over):
+            engine.submit(Job(asked.number, config.recipe_of(asked.values), config.trial.seed))
+        outcomes = engine.collect()
+        if not outcomes:
+            return
+        for outcome in outcomes:
+            result = to_result(config, outcome, Phase.SEARCH)
+            study.record(result, clock.seconds)
+            listener.finished(result)
+
+
+def _confirm(config: Config, study: StudySearch, engine: Engine, listener: Listener) -> None:
+    """Run the best candidates for the whole short budget on seeds that the search did not see."""
+    first = config.trial.seed + 1
+    jobs = [
+        Job(candidate.trial, candidate.recipe, seed, whole=True)
+        for candidate in candidates(study.results, config.search.confirm.top)
+        for seed in range(first, first + config.search.confirm.seeds)
+    ]
+    done = study.confirmed()
+    listener.begin(Phase.CONFIRM, (r for r in study.results if r.phase is Phase.CONFIRM), len(jobs))
+    for outcome in run(engine, [j for j in jobs if (j.key, j.seed) not in done]):
+        result = to_result(config, outcome, Phase.CONFIRM)
+        study.record(result)
+        listener.finished(result)
+
+
+def to_result(config: Config, outcome: Outcome, phase: Phase) -> TrialResult:
+    return result_of(
+        outcome.trace,
+        outcome.verdict,
+        outcome.baseline,
+        Budget(config.trial.steps, config.trial.extend),
+        trial=outcome.job.key,
+        phase=phase,
+        seed=outcome.job.seed,
+        recipe=outcome.job.recipe,
+        error=outcome.error,
+        seconds=outcome.seconds,
+    )
+
+
+class _Clock:
+    """Time spent on the search, over all its restarts."""
+
+    def __init__(self, limit: float | None, spent: float) -> None:
+        self._limit, self._start = limit, time.monotonic() - spent
+
+    @property
+    def seconds(self) -> float:
+        return time.monotonic() - self._start
+
+    @property
+    def over(self) -> bool:
+        return self._limit is not None and self.seconds >= self._limit

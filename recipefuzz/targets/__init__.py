@@ -1,0 +1,1 @@
+"""Targets: what is trained, by our engines or by itself."""

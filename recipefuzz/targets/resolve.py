@@ -1,0 +1,182 @@
+"""The `target:` section of a config -> a Task: data loaded and checked, model factory and loss found."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from recipefuzz.config import Config
+from recipefuzz.errors import InputError, Place, RecipefuzzError, did_you_mean, user_traceback
+from recipefuzz.targets.builtin.data import DATA
+from recipefuzz.targets.builtin.models import MODELS
+from recipefuzz.targets.imported import keyword_names, load_callable
+from recipefuzz.targets.losses import LOSSES, cross_entropy_last
+from recipefuzz.targets.rows import as_rows, check_finite
+from recipefuzz.targets.seeding import seeded
+from recipefuzz.targets.task import Loss, Rows, Task, some_rows
+
+
+def resolve(config: Config) -> Task:
+    """Load what the config's target names.
+
+    Raises:
+        InputError: a name or an import path that leads nowhere, data that can't be trained on, a loss
+            that does not fit them. The model is not built yet: see `engines.rehearse`.
+    """
+    train, test = _load(config)
+    loss_kind = config.target.loss if config.target.loss in LOSSES else "custom"
+    _check_targets(train, loss_kind, config.source.place("target", "data"))
+    x, y = train.take(some_rows(train, 2))
+    per_position = _per_position(x, y, loss_kind)
+    factory = _factory(config, train, y, per_position, x)
+    build = functools.partial(factory, **config.target.model_args)
+    takes = keyword_names(build)
+    return Task(
+        train=train,
+        test=test,
+        build=build,
+        loss=_loss(config, per_position),
+        loss_kind=loss_kind,
+        takes_norm=_takes_norm(build),
+        takes=takes,
+    )
+
+
+def user_files(config: Config) -> list[Path]:
+    """The user's own source files that the target names: a changed file makes other trials."""
+    files = []
+    for path in (config.target.data, config.target.model, config.target.loss):
+        module = path.partition(":")[0].replace(".", "/")
+        candidates = [config.folder / f"{module}.py", config.folder / module / "__init__.py"]
+        files += [c for c in candidates if ":" in path and c.is_file()]
+    return sorted(set(files))
+
+
+def _load(config: Config) -> tuple[Rows, Rows]:
+    place = config.source.place("target", "data")
+    loader = _named(config.target.data, DATA, "data set", config.folder, place)
+    try:
+        with seeded(0):
+            loaded = loader(**config.target.data_args)
+    except RecipefuzzError:
+        raise
+    except Exception as error:
+        problem = f"loading {config.target.data} raised {type(error).__name__}"
+        raise InputError(problem, place=place, detail=user_traceback(error)) from error
+    train, test = as_rows(loaded, place)
+    for rows, name in ((train, "train"), (test, "test")):
+        check_finite(rows, name, place)
+    return train, test
+
+
+def _named(
+    name: str, registry: dict[str, Any], kind: str, folder: Path, place: Place
+) -> Callable[..., Any]:
+    if ":" in name:
+        return load_callable(name, folder, place)
+    if name not in registry:
+        raise InputError(
+            f"no built-in {kind} of that name",
+            place=place,
+            found=name,
+            expected=f"{', '.join(registry)}, or an import path such as my_code:name",
+            fix=did_you_mean(name, registry),
+        )
+    return registry[name]  # type: ignore[no-any-return]
+
+
+def _factory(config: Config, train: Rows, y: Any, per_position: bool, x: Any) -> Callable[..., nn.Module]:
+    place = config.source.place("target", "model")
+    factory = _named(config.target.model, MODELS, "model", config.folder, place)
+    if ":" in config.target.model:
+        return factory
+    if not isinstance(x, Tensor):
+        raise InputError("a built-in model takes one tensor", place=place, found=type(x))
+    outputs = _outputs(train, y, config.target.loss, per_position)
+    return functools.partial(factory, x, outputs, vocab=_vocabulary(train, x), per_position=per_position)
+
+
+def _all(rows: Rows) -> tuple[Any, Any]:
+    return rows.take(some_rows(rows, 50_000))
+
+
+def _vocabulary(train: Rows, x: Tensor) -> int | None:
+    return None if x.is_floating_point() else int(_all(train)[0].max()) + 1
+
+
+def _outputs(train: Rows, y: Tensor, loss: str, per_position: bool) -> int:
+    """Units of the model's last layer: classes for labels, columns for numbers."""
+    if not y.is_floating_point() and loss != "bce":
+        return int(_all(train)[1].max()) + 1
+    return y.shape[-1] if y.dim() > 1 and not per_position else 1
+
+
+def _per_position(x: Any, y: Any, loss_kind: str) -> bool:
+    """Whether every position of a sequence has a target of its own: x (N, T, ...), integer y (N, T)."""
+    if not isinstance(x, Tensor) or not isinstance(y, Tensor) or loss_kind in ("mse", "bce"):
+        return False
+    return x.dim() >= 2 and y.dim() == 2 and y.shape[1] == x.shape[1] and not y.is_floating_point()
+
+
+def _loss(config: Config, per_position: bool) -> Loss:
+    name = config.target.loss
+    if name == "cross_entropy" and per_position and config.target.model in MODELS:
+        return cross_entropy_last
+    place = config.source.place("target", "loss")
+    loss = _named(name, dict(LOSSES), "loss", config.folder, place)
+    if not inspect.isclass(loss):
+        return loss
+    if not issubclass(loss, nn.Module):
+        raise InputError("a class that is no torch.nn.Module", place=place, found=name)
+    return loss()  # nn.MSELoss and its like: a class to be instantiated
+
+
+def _takes_norm(build: Callable[..., nn.Module]) -> bool:
+    """By name, or by trying where the factory takes any keyword and hands it on."""
+    names = keyword_names(build)
+    if names is not None:
+        return "norm" in names
+    if "norm" in inspect.signature(build).parameters:
+        return True
+    try:
+        with seeded(0):
+            build(norm="none")
+    except Exception:
+        return False
+    return True
+
+
+def _check_targets(train: Rows, loss_kind: str, place: Place) -> None:
+    y = _all(train)[1]
+    if loss_kind == "custom" or not isinstance(y, Tensor):
+        return
+    if loss_kind == "mse" and not y.is_floating_point():
+        raise InputError(
+            "mse needs targets that are numbers",
+            place=place,
+            found=y.dtype,
+            expected="floating-point targets",
+            fix="loss: cross_entropy for class labels, or convert the targets with .float()",
+        )
+    if loss_kind == "cross_entropy" and y.is_floating_point() and y.dim() == 1:
+        raise InputError(
+            "class labels must be integers",
+            place=place,
+            found=y.dtype,
+            expected="int64 labels from 0 to classes - 1",
+            fix="convert the targets with .long(), or use loss: mse for numbers",
+        )
+    if loss_kind == "bce" and bool(((y < 0) | (y > 1)).any()):
+        raise InputError("bce needs targets of 0 to 1", place=place, found=f"{y.min():g} to {y.max():g}")
+    if torch.equal(y, y[:1].expand_as(y)):
+        raise InputError(
+            "every training target is the same: there is nothing to learn",
+            place=place,
+            found=f"y_train is {y[0].tolist()} in all {len(train)} rows",
+        )

@@ -1,0 +1,75 @@
+"""input_norm and target_norm: affine maps with statistics from the training set alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from recipefuzz.targets.task import Rows, ScaledRows, TensorRows, some_rows
+
+STATISTICS_ROWS = 10_000  # rows of a Dataset that are read for its statistics; tensors are used whole
+
+
+@dataclass(frozen=True)
+class Affine:
+    """x -> (x - shift) / scale per feature."""
+
+    shift: Tensor
+    scale: Tensor
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return (x - self.shift.to(x.device)) / self.scale.to(x.device)
+
+
+def scaled(train: Rows, test: Rows, input_norm: str, target_norm: str) -> tuple[Rows, Rows]:
+    """Both sets with inputs and targets scaled by the statistics of the first.
+
+    Raises:
+        ValueError: inputs or targets that are not floating-point tensors (token ids, class labels).
+    """
+    if input_norm == target_norm == "none":
+        return train, test
+    x, y = _statistics_rows(train)
+    maps = (_fit(x, input_norm, "input_norm"), _fit(y, target_norm, "target_norm"))
+    return _apply(train, *maps), _apply(test, *maps)
+
+
+def _statistics_rows(rows: Rows) -> tuple[Any, Any]:
+    if isinstance(rows, TensorRows):
+        return rows.x, rows.y
+    return rows.take(some_rows(rows, STATISTICS_ROWS))
+
+
+def _apply(rows: Rows, scale_x: Affine | None, scale_y: Affine | None) -> Rows:
+    if isinstance(rows, TensorRows):  # once, not at every batch
+        x = scale_x(rows.x) if scale_x else rows.x
+        return TensorRows(x, scale_y(rows.y) if scale_y else rows.y)
+    return ScaledRows(rows, scale_x or _same, scale_y or _same)
+
+
+def _same(x: Any) -> Any:
+    return x
+
+
+def _fit(values: Any, how: str, axis: str) -> Affine | None:
+    """Statistics per feature: the last dimension of (N, F) and (N, T, F), the channel of (N, C, H, W)."""
+    if how == "none":
+        return None
+    if not isinstance(values, Tensor) or not values.is_floating_point():
+        kind = values.dtype if isinstance(values, Tensor) else type(values).__name__
+        raise ValueError(f"{axis}: {how} needs floating-point values, but these are {kind}")
+    feature = 1 if values.dim() >= 4 else values.dim() - 1
+    over = [d for d in range(values.dim()) if d == 0 or d != feature]
+    if how == "standardize":
+        shift = values.mean(over, keepdim=True)
+        scale = values.std(over, correction=0, keepdim=True)
+    else:
+        shift = values.amin(over, keepdim=True)
+        scale = values.amax(over, keepdim=True) - shift
+    constant = scale <= 1e-6 * values.abs().amax(over, keepdim=True)  # float32 keeps 7 digits: no spread
+    if values.dim() == 1:
+        shift, scale, constant = shift[0], scale[0], constant[0]
+    return Affine(shift, torch.where(constant, 1.0, scale))
