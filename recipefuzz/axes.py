@@ -53,7 +53,11 @@ def check_value(name: str, value: Any, source: Source, *path: str | int) -> None
         near = nearest(value, rule.words) if isinstance(value, str) and rule.words else ""
         fix = f"did you mean {near!r}?" if near else ""
         raise InputError(
-            f"not a value of {name} ({rule.meaning})", place=place, found=value, expected=rule.expected, fix=fix
+            f"not a value of {name} ({rule.meaning})",
+            place=place,
+            found=value,
+            expected=rule.expected,
+            fix=fix,
         )
 
 
@@ -74,9 +78,7 @@ def _axis(name: str, spec: Any, source: Source) -> Axis:
 
 def _choice(name: str, options: list[Any], source: Source) -> Choice:
     if not options:
-        raise InputError(
-            "an empty list of choices", place=source.place("space", name), expected="at least one value"
-        )
+        raise InputError("an empty list of choices", place=source.place("space", name), expected="at least one value")
     for i, option in enumerate(options):
         check_value(name, option, source, "space", name, i)
         if any(option == o and type(option) is type(o) for o in options[:i]):
@@ -100,9 +102,7 @@ def _range(name: str, spec: dict[str, Any], source: Source) -> Range:
     for key in ("log", "integer"):
         if not isinstance(spec.get(key, False), bool):
             raise InputError("not true or false", place=source.place("space", name, key), found=spec[key])
-    found = Range(
-        spec["low"], spec["high"], spec.get("log", False), _is_integer(name, spec), spec.get("step")
-    )
+    found = Range(spec["low"], spec["high"], spec.get("log", False), _is_integer(name, spec), spec.get("step"))
     _check_range(name, found, source)
     for key in ("low", "high"):
         check_value(name, spec[key], source, "space", name, key)

@@ -25,7 +25,7 @@ UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 
 
 def _seconds(value: object) -> object:
-    """"90", 90, "90s", "10m", "2h" or "1d" in seconds."""
+    """Seconds of a duration such as 90, "90s", "10m", "2h" or "1d"."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([smhd]?)\s*", str(value))
     if match is None or isinstance(value, bool):
         raise ValueError("expected seconds, or a number with s, m, h or d: 90, 10m, 2h")
@@ -90,7 +90,7 @@ class RunConfig(_Section):
 
 
 class Config(_Section):
-    """A whole study. Without a name it is called like its file. `base` is the folder in which import paths are looked up first."""
+    """A whole study. Without a name it is called like its file; `base` is where import paths are looked up first."""
 
     study: Annotated[str, Field(pattern=rf"^{STUDY_NAME}$")] = "study"
     target: TargetConfig
@@ -127,7 +127,9 @@ class Config(_Section):
 
     def default_recipe(self) -> Recipe:
         """The middle of every range and the first of every choice: a recipe to try things with."""
-        middle = {n: a.grid(3)[len(a.grid(3)) // 2] if isinstance(a, Range) else a.options[0] for n, a in self.axes.axes}
+        middle = {
+            n: a.grid(3)[len(a.grid(3)) // 2] if isinstance(a, Range) else a.options[0] for n, a in self.axes.axes
+        }
         return self.recipe_of(middle)
 
     def but(self, *, trials: int | None = None, workers: str | None = None, folder: Path | None = None) -> Config:
@@ -174,7 +176,7 @@ def parse_config(data: Mapping[str, Any], source: Source | None = None) -> Confi
     try:
         config = Config.model_validate(dict(data))
     except ValidationError as error:
-        raise _first_fault(error, data, source) from error
+        raise _first_fault(error, source) from error
     config._source = source  # noqa: SLF001 - our own private attribute, set once here
     parse_values(config.recipe, source)
     both = sorted(set(config.axes.names) & set(config.recipe))
@@ -184,7 +186,7 @@ def parse_config(data: Mapping[str, Any], source: Source | None = None) -> Confi
     return config
 
 
-def _first_fault(error: ValidationError, data: Mapping[str, Any], source: Source) -> InputError:
+def _first_fault(error: ValidationError, source: Source) -> InputError:
     faults = error.errors(include_url=False)
     first = faults[0]
     path = tuple(p for p in first["loc"] if p not in ("constrained-int", "literal['auto']", "function-before"))

@@ -8,6 +8,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+PACKAGE = str(Path(__file__).parent)
+STANDARD_LIBRARY = str(Path(traceback.__file__).parent)
+
 EXIT_DONE = 0
 EXIT_BAD_ANSWER = 1  # the question was answered, and the answer is bad: no safe recipe
 EXIT_BAD_INPUT = 2
@@ -108,24 +111,20 @@ def user_traceback(error: BaseException) -> str:
 
     Frames of packages are kept where the user's code has none (an installed model, say).
     """
-    own = str(Path(__file__).parent)
-    frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith(own)]
-    users = [f for f in frames if "site-packages" not in f.filename and not _is_internal(f.filename)]
-    shown = traceback.format_list(users or frames[-2:])
+    frames = traceback.extract_tb(error.__traceback__)
+    users = [f for f in frames if _is_users(f.filename)]
+    shown = traceback.format_list(users or [f for f in frames if not f.filename.startswith(PACKAGE)][-2:])
     return "".join([*shown, *traceback.format_exception_only(error)]).rstrip()
-
-
-def _is_internal(filename: str) -> bool:
-    return filename.startswith("<") or filename.startswith(str(Path(traceback.__file__).parent))
 
 
 def describe_exception(error: BaseException) -> str:
     """One line: the exception's class and first line, and the user's file and line where it was raised."""
     text = str(error).strip().splitlines()
     message = f"{type(error).__name__}: {text[0]}" if text else type(error).__name__
-    own = str(Path(__file__).parent)
-    for frame in reversed(traceback.extract_tb(error.__traceback__)):
-        if "site-packages" not in frame.filename and not frame.filename.startswith(own):
-            if not _is_internal(frame.filename):
-                return f"{message} ({Path(frame.filename).name}:{frame.lineno})"
-    return message
+    users = [f for f in traceback.extract_tb(error.__traceback__) if _is_users(f.filename)]
+    return f"{message} ({Path(users[-1].filename).name}:{users[-1].lineno})" if users else message
+
+
+def _is_users(filename: str) -> bool:
+    """Whether a file is neither ours, nor an installed package's, nor Python's."""
+    return "site-packages" not in filename and not filename.startswith((PACKAGE, STANDARD_LIBRARY, "<"))

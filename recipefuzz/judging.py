@@ -23,7 +23,9 @@ NUMBER_COLUMNS = ("trial", "row", "index", "rank")  # columns of our own tables 
 
 
 def judge_recipes(
-    config: Config | dict[str, Any] | str | Path, recipes: Path | str | pd.DataFrame, listener: Listener | None = None
+    config: Config | dict[str, Any] | str | Path,
+    recipes: Path | str | pd.DataFrame,
+    listener: Listener | None = None,
 ) -> pd.DataFrame:
     """Judge recipes with the config's target and trial.
 
@@ -110,8 +112,7 @@ def parse_cell(axis: str, cell: Any) -> Scalar:
     if cell is None or (isinstance(cell, float) and cell != cell):
         return None
     if not isinstance(cell, str):
-        value = cell.item() if hasattr(cell, "item") else cell
-        return value  # type: ignore[no-any-return]
+        return cell.item() if hasattr(cell, "item") else cell  # type: ignore[no-any-return]
     text = cell.strip()
     if not text or text.lower() == "null":
         return None

@@ -17,8 +17,8 @@ from recipefuzz.engines.select import open_engine
 from recipefuzz.errors import InputError
 from recipefuzz.ranking import Ranked, best, candidates, rank
 from recipefuzz.recipe import Recipe
-from recipefuzz.report.write import write_reports
 from recipefuzz.report.tables import ranking_frame, trials_frame
+from recipefuzz.report.write import write_reports
 from recipefuzz.result import Phase, TrialResult, result_of
 from recipefuzz.run_folder import RunFolder, fingerprints, identity
 from recipefuzz.store import StudySearch

@@ -71,7 +71,10 @@ def read_yaml(path: Path) -> tuple[dict[str, Any], Source]:
         raise InputError(f"not YAML: {str(error).splitlines()[0]}", place=Place(str(path))) from error
     if not isinstance(data, dict):
         raise InputError(
-            "not a config", place=Place(str(path), 1), found=data, expected="keys such as study, target and space"
+            "not a config",
+            place=Place(str(path), 1),
+            found=data,
+            expected="keys such as study, target and space",
         )
     return data, Source(str(path), path.resolve().parent, lines)
 

@@ -98,6 +98,4 @@ class Space:
 
     def distance(self, a: Mapping[str, Scalar], b: Mapping[str, Scalar]) -> float:
         """Euclidean distance, every axis scaled to 0..1 (a changed choice counts 1)."""
-        return math.dist(
-            [0.0] * len(self.axes), [axis.distance(a[name], b[name]) for name, axis in self.axes]
-        )
+        return math.dist([0.0] * len(self.axes), [axis.distance(a[name], b[name]) for name, axis in self.axes])

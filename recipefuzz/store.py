@@ -258,9 +258,7 @@ def sampler(search: SearchConfig, space: Space, number: int) -> BaseSampler:
     if search.sampler == "gp":
         return optuna.samplers.GPSampler(seed=seed, independent_sampler=plain)
     if search.sampler == "cmaes":
-        return optuna.samplers.CmaEsSampler(
-            seed=seed, independent_sampler=plain, warn_independent_sampling=False
-        )
+        return optuna.samplers.CmaEsSampler(seed=seed, independent_sampler=plain, warn_independent_sampling=False)
     if search.sampler == "qmc":  # one sequence for the whole study; the store counts its points
         return optuna.samplers.QMCSampler(
             seed=search.seed, scramble=True, independent_sampler=plain, warn_independent_sampling=False

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 Floats = NDArray[np.float64]
+COLUMNS = ("loss", "constant", "grad_norm", "update_norm", "param_norm")
 
 
 def _empty() -> Floats:
@@ -20,8 +22,11 @@ class Trace:
 
     Attributes:
         loss: mean loss of the step's batch before the update, in the loss's own unit; shape (steps,).
+        constant: loss of the best constant predictor on the same batch; shape (steps,). Skill measured
+            against it is free of the noise that the draw of the batch puts into both.
         grad_norm: L2 norm of the whole gradient before clipping; shape (steps,).
-        update_ratio: L2 norm of the step's parameter change over that of the parameters before it; (steps,).
+        update_norm: L2 norm of the step's parameter change; shape (steps,).
+        param_norm: L2 norm of the parameters before the step; shape (steps,).
         heldout: (steps done, held-out loss in eval mode), at evaluations.
         first_bad: the step, counted from 1, at which the loss, the gradient or a parameter was first not
             finite; None if none was. The arrays end with that step.
@@ -29,36 +34,44 @@ class Trace:
     """
 
     loss: Floats = field(default_factory=_empty)
+    constant: Floats = field(default_factory=_empty)
     grad_norm: Floats = field(default_factory=_empty)
-    update_ratio: Floats = field(default_factory=_empty)
+    update_norm: Floats = field(default_factory=_empty)
+    param_norm: Floats = field(default_factory=_empty)
     heldout: tuple[tuple[int, float], ...] = ()
     first_bad: int | None = None
     steps_run: int = 0
 
     def __post_init__(self) -> None:
-        for array in (self.loss, self.grad_norm, self.update_ratio):
-            array.setflags(write=False)
+        for name in COLUMNS:
+            getattr(self, name).setflags(write=False)
 
     @property
     def steps(self) -> int:
         return len(self.loss)
 
+    @property
+    def update_ratio(self) -> Floats:
+        """Size of each step's change relative to the parameters, the usual gauge of a learning rate; (steps,)."""
+        return self.update_norm / np.maximum(self.param_norm, np.finfo(np.float64).tiny)
+
     def extended(self, chunk: Floats) -> Trace:
         """This trace with a chunk of steps added.
 
         Args:
-            chunk: shape (steps, 4): loss, gradient norm, update ratio, and whether (not 0) something was not
+            chunk: shape (steps, 6): the arrays in the order of `COLUMNS`, and whether (not 0) something was not
                 finite. Steps after the first such one are paid for and dropped: they train on rubbish.
         """
-        bad = chunk[:, 3] != 0
+        bad = chunk[:, len(COLUMNS)] != 0
         end = int(bad.argmax()) + 1 if bad.any() else len(bad)
+        arrays: dict[str, Any] = {
+            name: np.concatenate([getattr(self, name), chunk[:end, i]]) for i, name in enumerate(COLUMNS)
+        }
         return replace(
             self,
-            loss=np.concatenate([self.loss, chunk[:end, 0]]),
-            grad_norm=np.concatenate([self.grad_norm, chunk[:end, 1]]),
-            update_ratio=np.concatenate([self.update_ratio, chunk[:end, 2]]),
             first_bad=self.steps + end if bad.any() else None,
             steps_run=self.steps_run + len(bad),
+            **arrays,
         )
 
     def evaluated(self, heldout_loss: float) -> Trace:

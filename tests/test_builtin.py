@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call, grad, stack_module_state, vmap
 from torch.nn import functional
 
+from recipefuzz.recipe import NORMS
 from recipefuzz.targets.builtin.data import DATA, adding, digits, text, text_alphabet
 from recipefuzz.targets.builtin.models import MODELS
-from recipefuzz.targets.norms import NORMS
-
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -172,6 +172,22 @@ def test_a_step_of_training_moves_every_parameter(name, kind, norm):
     same = [key for key, value in model.named_parameters() if torch.equal(value, before[key])]
     assert not same
     assert model.eval()(x).isfinite().all()
+
+
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("name", [name for name in MODELS if name != "lstm"])  # torch has no rule for it
+def test_gradients_of_lanes_are_batched(name, norm):
+    x = numbers(16)
+    lanes = [MODELS[name](x, 5, norm=norm) for _ in range(3)]
+    parameters, buffers = stack_module_state(lanes)
+
+    def loss(p: dict[str, Tensor], b: dict[str, Tensor]) -> Tensor:
+        return functional_call(lanes[0], (p, b), (x,)).square().mean()
+
+    gradients = vmap(grad(loss), randomness="different")(parameters, buffers)  # a fallback warns: an error
+    lanes[1](x).square().mean().backward()
+    for key, parameter in lanes[1].named_parameters():
+        torch.testing.assert_close(gradients[key][1], parameter.grad, rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.parametrize("norm", NORMS)

@@ -13,7 +13,7 @@ import signal
 import sys
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing import forkserver
 from multiprocessing.connection import Connection, wait
@@ -91,7 +91,7 @@ class PoolEngine:
                 return outcomes
         return []
 
-    def _check(self, slot: int, ready: list[object]) -> Outcome | None:
+    def _check(self, slot: int, ready: Sequence[object]) -> Outcome | None:
         worker = self._workers[slot]
         if worker.pipe in ready:
             try:
@@ -170,7 +170,7 @@ def _without_main() -> Iterator[None]:
     `recipefuzz.search` without an `if __name__ == "__main__"` would search within its own workers.
     """
     main = sys.modules["__main__"]
-    saved = {name: main.__dict__.pop(name) for name in ("__file__", "__spec__") if name in main.__dict__}
+    saved: dict[str, Any] = {n: main.__dict__.pop(n) for n in ("__file__", "__spec__") if n in main.__dict__}
     main.__spec__ = None
     try:
         yield

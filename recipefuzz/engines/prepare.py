@@ -32,9 +32,6 @@ def build_model(task: Task, recipe: Recipe, device: torch.device) -> nn.Module:
         ValueError: `norm` asks for layers and the model neither takes `norm` nor has any to replace.
     """
     model = _call_factory(task, recipe)
-    if any(is_lazy(p) for p in model.parameters()):
-        with torch.no_grad():
-            model(task.train.take(torch.arange(min(2, len(task.train))))[0])
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() >= 2:
@@ -44,11 +41,16 @@ def build_model(task: Task, recipe: Recipe, device: torch.device) -> nn.Module:
 
 def _call_factory(task: Task, recipe: Recipe) -> nn.Module:
     extra: dict[str, Any] = dict(recipe.extra)
-    if recipe.norm is None:
-        return task.build(**extra)
-    if task.takes_norm:
-        return task.build(norm=recipe.norm, **extra)
+    if recipe.norm is not None and task.takes_norm:
+        extra["norm"] = recipe.norm
     model = task.build(**extra)
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"the model factory returned a {type(model).__name__}, not a torch.nn.Module")
+    if any(is_lazy(p) for p in model.parameters()):  # lazy layers get their shapes from a first batch
+        with torch.no_grad():
+            model(task.train.take(torch.arange(min(2, len(task.train))))[0])
+    if recipe.norm is None or task.takes_norm:
+        return model
     if replace_norms(model, recipe.norm) == 0 and recipe.norm != "none":
         raise ValueError(
             f"norm = {recipe.norm!r}: the model factory takes no `norm` argument, and the model has no "
@@ -124,7 +126,5 @@ class BatchOrder:
 
     def draw(self, steps: int, device: torch.device) -> Tensor:
         """Indices of the next steps' rows, shape (steps, batch_size), moved to the device in one copy."""
-        drawn = [
-            torch.randint(0, self._rows, (self._batch_size,), generator=self._generator) for _ in range(steps)
-        ]
+        drawn = [torch.randint(0, self._rows, (self._batch_size,), generator=self._generator) for _ in range(steps)]
         return torch.stack(drawn).to(device, non_blocking=True)

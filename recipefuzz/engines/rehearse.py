@@ -13,13 +13,12 @@ from torch import Tensor, nn
 from recipefuzz.config import Config
 from recipefuzz.engines import prepare
 from recipefuzz.engines.baselines import Baselines
-from recipefuzz.errors import InputError, RecipefuzzError, did_you_mean, user_traceback
+from recipefuzz.errors import PACKAGE, InputError, RecipefuzzError, did_you_mean, user_traceback
 from recipefuzz.recipe import AXES, Recipe
 from recipefuzz.targets.seeding import seeded
 from recipefuzz.targets.task import Task, TensorRows, some_rows
 
 T = TypeVar("T")
-PACKAGE = Path(__file__).parent.parent
 IGNORED = -100  # torch's ignore_index: a position that has no label
 
 
@@ -45,7 +44,12 @@ def rehearse(task: Task, config: Config, recipe: Recipe | None = None) -> float:
         loss = _guarded(lambda: task.loss(output, y), config, "target.loss", what)
         _check_loss(loss, config)
         _guarded(lambda: loss.backward(), config, "target.loss", "the backward pass")
-    return _guarded(lambda: Baselines(task).of(recipe), config, "target.loss", "finding the best constant prediction")
+    return _guarded(
+        lambda: Baselines(task, cpu).of(recipe).loss,
+        config,
+        "target.loss",
+        "finding the best constant prediction",
+    )
 
 
 def _guarded(call: Callable[[], T], config: Config, key: str, what: str) -> T:
@@ -72,7 +76,7 @@ def _is_ours(error: BaseException) -> bool:
 
 def _check_axes(task: Task, config: Config, recipe: Recipe) -> None:
     """Every axis beyond the known ones must be an argument of the model factory."""
-    section = {name: "space" for name in config.axes.names} | {name: "recipe" for name in config.recipe}
+    section = dict.fromkeys(config.axes.names, "space") | dict.fromkeys(config.recipe, "recipe")
     for name, _ in recipe.extra:
         if task.takes is not None and name not in task.takes:
             known = sorted({*AXES, *task.takes})
@@ -88,10 +92,8 @@ def _check_axes(task: Task, config: Config, recipe: Recipe) -> None:
             raise InputError(f"{name} is an axis and stands in target.model_args", place=place, fix="keep one of them")
 
 
-def _check_model(model: object, config: Config) -> None:
+def _check_model(model: nn.Module, config: Config) -> None:
     place = config.source.place("target", "model")
-    if not isinstance(model, nn.Module):
-        raise InputError("the model factory returned something else", place=place, found=type(model), expected="a torch.nn.Module")
     if not prepare.trainable(model):
         raise InputError("the model has no parameters to train", place=place, found=model)
 
@@ -100,7 +102,12 @@ def _check_labels(task: Task, output: Any, config: Config) -> None:
     """Labels outside the classes kill a GPU with a device-side assertion: found here, with the row."""
     place = config.source.place("target", "model")
     if not isinstance(output, Tensor) or output.dim() < 2:
-        raise InputError("cross_entropy needs logits", place=place, found=f"output {_shape(output)}", expected="(batch, classes, ...)")
+        raise InputError(
+            "cross_entropy needs logits",
+            place=place,
+            found=f"output {_shape(output)}",
+            expected="(batch, classes, ...)",
+        )
     for rows, name in ((task.train, "y_train"), (task.test, "y_test")):
         y = rows.y if isinstance(rows, TensorRows) else rows.take(some_rows(rows, 10_000))[1]
         if y.is_floating_point():
@@ -121,9 +128,20 @@ def _check_labels(task: Task, output: Any, config: Config) -> None:
 def _check_loss(loss: Any, config: Config) -> None:
     place = config.source.place("target", "loss")
     if not isinstance(loss, Tensor) or loss.numel() != 1 or loss.dim() > 1:
-        raise InputError("the loss is not scalar", place=place, found=_shape(loss), expected="one number per batch", fix="end it with .mean()")
+        raise InputError(
+            "the loss is not scalar",
+            place=place,
+            found=_shape(loss),
+            expected="one number per batch",
+            fix="end it with .mean()",
+        )
     if not loss.requires_grad:
-        raise InputError("the loss does not depend on the model's parameters", place=place, expected="a differentiable loss", fix="look for .detach(), .item() or torch.no_grad() between model and loss")
+        raise InputError(
+            "the loss does not depend on the model's parameters",
+            place=place,
+            expected="a differentiable loss",
+            fix="look for .detach(), .item() or torch.no_grad() between model and loss",
+        )
 
 
 def _shape(value: Any) -> str:

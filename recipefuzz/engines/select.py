@@ -49,7 +49,13 @@ def pick_device(config: Config) -> str:
     there = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}[kind]
     if there <= int(index or 0):
         have = "a CPU" + (f" and {torch.cuda.device_count()} CUDA GPUs" if torch.cuda.is_available() else " only")
-        raise InputError("this machine has no such device", place=place, found=wanted, expected=f"it has {have}", fix="device: auto")
+        raise InputError(
+            "this machine has no such device",
+            place=place,
+            found=wanted,
+            expected=f"it has {have}",
+            fix="device: auto",
+        )
     return wanted
 
 

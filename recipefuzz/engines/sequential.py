@@ -15,68 +15,56 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parameters_to_vector
 
 from recipefuzz.engines import prepare
 from recipefuzz.engines.baselines import Baselines
 from recipefuzz.engines.job import Job, Outcome
 from recipefuzz.engines.loss_scaling import LossScaler
+from recipefuzz.engines.recorder import Recorder
 from recipefuzz.errors import describe_exception
 from recipefuzz.recipe import Recipe
+from recipefuzz.targets.baseline import Constant
 from recipefuzz.targets.seeding import seeded
 from recipefuzz.targets.task import Loss, Rows, Task, some_rows
-from recipefuzz.trace import Trace
+from recipefuzz.trace import Floats, Trace
 from recipefuzz.verdict import Budget, judge
 
 HELDOUT_ROWS = 2048  # held-out rows an evaluation reads at most: the loss is then right to about 2 %
 
 
 class Stepper:
-    """A model in training: makes steps, and records three numbers and a flag for each."""
+    """A model in training."""
 
     def __init__(self, model: nn.Module, loss: Loss, recipe: Recipe, device: torch.device) -> None:
         self._model, self._loss, self._recipe, self._device = model, loss, recipe, device
         self._parameters = prepare.trainable(model)
         self._optimizer = prepare.build_optimizer(self._parameters, recipe)
         self._scaler = LossScaler(device) if recipe.precision == "fp16" else None
-        self._flat = parameters_to_vector(self._parameters).detach()
         self._done = 0
+        self.recorder = Recorder(self._parameters)
 
-    def step(self, x: Any, y: Any) -> Tensor:
-        """One optimizer step on a batch; (loss, gradient norm, update ratio, bad?) on the device, (4,)."""
+    def step(self, x: Any, y: Any) -> None:
+        """One optimizer step on a batch."""
         for group in self._optimizer.param_groups:
             group["lr"] = prepare.learning_rate(self._recipe, self._done)
         self._optimizer.zero_grad()
         with prepare.autocast(self._recipe, self._device):
             loss = self._loss(self._model(x), y)
-        norm = self._backward_and_update(loss)
+        self.recorder.add(loss.detach(), self._backward_and_update(loss))
         self._done += 1
-        return self._record(loss.detach(), norm)
 
     def _backward_and_update(self, loss: Tensor) -> Tensor:
+        """Backward pass, clipping, update; the gradient's L2 norm before clipping, a scalar on the device."""
         if self._scaler is None:
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             norm = prepare.clip_gradients(self._parameters, self._recipe)
             self._optimizer.step()
             return norm
-        self._scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+        self._scaler.scale(loss).backward()
         overflow = self._scaler.unscale(self._parameters)
         norm = prepare.clip_gradients(self._parameters, self._recipe)
         self._scaler.step(self._optimizer, self._parameters, overflow)
         return norm
-
-    def _record(self, loss: Tensor, norm: Tensor) -> Tensor:
-        """The flag: loss not finite, a parameter not finite, or NaN in the gradient.
-
-        A gradient norm of inf is not enough: the squares of finite gradients can overflow in their sum, and
-        clipping then makes an empty step. Where an element is inf, the update carries it into a parameter.
-        """
-        before, after = self._flat, parameters_to_vector(self._parameters).detach()
-        self._flat = after
-        ratio = (after - before).norm() / before.norm()
-        largest = torch.linalg.vector_norm(after, torch.inf)
-        bad = ~(torch.isfinite(loss) & torch.isfinite(largest)) | torch.isnan(norm)
-        return torch.stack([loss.float(), norm.float(), ratio.float(), bad.float()])
 
 
 def train(
@@ -84,13 +72,13 @@ def train(
     job: Job,
     budget: Budget,
     device: torch.device,
-    baseline: float,
+    constant: Constant,
     at_checkpoint: Callable[[], None],
 ) -> Outcome:
     """Run one trial until its verdict is known.
 
     Args:
-        baseline: loss of the best constant predictor, from which skill is counted.
+        constant: the best constant prediction, from which skill is counted.
         at_checkpoint: called between chunks; may raise to end the trial.
 
     Raises:
@@ -107,14 +95,27 @@ def train(
         for end in budget.checkpoints():
             at_checkpoint()
             batches = order.draw(end - trace.steps_run, device)
-            chunk = torch.stack([stepper.step(*train_rows.take(rows)) for rows in batches])
-            trace = trace.extended(chunk.cpu().numpy().astype(np.float64))
+            trace = trace.extended(_chunk(task, stepper, train_rows, batches, constant))
             if trace.first_bad is None and budget.evaluates_at(end):
                 trace = trace.evaluated(evaluate(task, model, test_rows, device))
-            verdict = judge(trace, baseline, budget, whole=job.whole)
+            verdict = judge(trace, constant.loss, budget, whole=job.whole)
             if verdict is not None:
                 break
-    return Outcome(job, trace, verdict, baseline, seconds=time.perf_counter() - started)
+    return Outcome(job, trace, verdict, constant.loss, seconds=time.perf_counter() - started)
+
+
+def _chunk(task: Task, stepper: Stepper, rows: Rows, batches: Tensor, constant: Constant) -> Floats:
+    """Train on some batches, (steps, batch); read the device once. Columns as in `Trace.extended`."""
+    known = constant.of_rows(batches)
+    constants = []
+    for batch in batches:
+        x, y = rows.take(batch)
+        stepper.step(x, y)
+        if known is None:
+            constants.append(constant.of_targets(task, y).float())
+    numbers = stepper.recorder.take()
+    column = (torch.stack(constants) if known is None else known)[:, None].to(numbers.device)
+    return torch.cat([numbers[:, :1], column, numbers[:, 1:]], dim=1).cpu().numpy().astype(np.float64)
 
 
 def evaluate(task: Task, model: nn.Module, rows: Rows, device: torch.device) -> float:
@@ -145,11 +146,15 @@ class SequentialEngine:
     """Trains jobs one after the other in this very process: for debugging, and for the processes of the pool."""
 
     def __init__(
-        self, task: Task, budget: Budget, device: torch.device, at_checkpoint: Callable[[], None] | None = None
+        self,
+        task: Task,
+        budget: Budget,
+        device: torch.device,
+        at_checkpoint: Callable[[], None] | None = None,
     ) -> None:
         self._task, self._budget, self._device = task, budget, device
         self._at_checkpoint = at_checkpoint or _nothing
-        self._baselines = Baselines(task)
+        self._baselines = Baselines(task, device)
         self._waiting: deque[Job] = deque()
 
     def submit(self, job: Job) -> None:
@@ -164,8 +169,8 @@ class SequentialEngine:
     def train(self, job: Job) -> Outcome:
         """Train now. An exception of the user's code, or a lack of memory, is an outcome too."""
         try:
-            baseline = self._baselines.of(job.recipe)
-            return train(self._task, job, self._budget, self._device, baseline, self._at_checkpoint)
+            constant = self._baselines.of(job.recipe)
+            return train(self._task, job, self._budget, self._device, constant, self._at_checkpoint)
         except MemoryError as error:
             return Outcome(job, Trace(), None, error=f"out of memory: {describe_exception(error)}")
         except Exception as error:

@@ -69,9 +69,7 @@ def _key(result: TrialResult) -> tuple[str, str] | None:
     return None if result.converging else (result.verdict, result.cause)
 
 
-def region(
-    inside: Sequence[Mapping[str, Scalar]], outside: Sequence[Mapping[str, Scalar]], space: Space
-) -> str:
+def region(inside: Sequence[Mapping[str, Scalar]], outside: Sequence[Mapping[str, Scalar]], space: Space) -> str:
     """The one condition on one axis that best separates `inside` from `outside`: a decision stump.
 
     Quality is Youden's J, the share of `inside` that meets the condition minus that of `outside`.
@@ -84,12 +82,18 @@ def region(
 
 
 def _conditions(
-    name: str, axis: Range | Choice, inside: Sequence[Mapping[str, Scalar]], outside: Sequence[Mapping[str, Scalar]]
+    name: str,
+    axis: Range | Choice,
+    inside: Sequence[Mapping[str, Scalar]],
+    outside: Sequence[Mapping[str, Scalar]],
 ) -> list[tuple[float, str]]:
     ours, others = [v[name] for v in inside], [v[name] for v in outside]
     if isinstance(axis, Choice):
         return [
-            (ours.count(o) / len(ours) - others.count(o) / len(others), f"{name} = {'null' if o is None else o}")
+            (
+                ours.count(o) / len(ours) - others.count(o) / len(others),
+                f"{name} = {'null' if o is None else o}",
+            )
             for o in axis.options
         ]
     return [_cut(name, ours, others, above=above) for above in (True, False)]

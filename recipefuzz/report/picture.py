@@ -23,7 +23,7 @@ def picture(results: Sequence[TrialResult], space: Space) -> Group:
     trials = [r for r in results if r.phase is Phase.SEARCH]
     grid = Table.grid(padding=(0, 1))
     for column in ("right", "right", "left", "left"):
-        grid.add_column(justify=column)  # type: ignore[arg-type]
+        grid.add_column(justify=column)
     for name, axis in space.axes:
         grid.add_row(f"[bold]{name}[/]", *_line(name, axis, trials))
     return Group(_legend(trials), grid)

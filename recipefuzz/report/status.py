@@ -30,9 +30,7 @@ def status_lines(folder: RunFolder) -> Iterator[str]:
         yield f"  best     trial {top.trial.trial}: {values}; skill {top.skill:.3f}, passed {top.passed}/{top.runs}"
 
 
-def _state(
-    folder: RunFolder, config: Config, searched: list[TrialResult], confirming: list[TrialResult]
-) -> str:
+def _state(folder: RunFolder, config: Config, searched: list[TrialResult], confirming: list[TrialResult]) -> str:
     if folder.is_held():
         return "running"
     left = config.search.trials - len(searched)

@@ -12,10 +12,30 @@ from recipefuzz.ranking import Ranked
 from recipefuzz.report.failures import Bucket
 from recipefuzz.result import TrialResult
 
-TRIAL_COLUMNS = ("verdict", "cause", "skill", "score", "heldout_skill", "loss", "baseline", "steps", "first_bad")
+TRIAL_COLUMNS = (
+    "verdict",
+    "cause",
+    "skill",
+    "score",
+    "heldout_skill",
+    "loss",
+    "baseline",
+    "steps",
+    "first_bad",
+)
 TRIAL_TAIL = ("seconds", "reason")
 VERDICT_COLUMNS = ("verdict", "cause", "skill", "steps", "reason")
-RANKING_COLUMNS = ("safe", "passed", "runs", "pass_low", "pass_high", "skill", "heldout_skill", "steps", "score")
+RANKING_COLUMNS = (
+    "safe",
+    "passed",
+    "runs",
+    "pass_low",
+    "pass_high",
+    "skill",
+    "heldout_skill",
+    "steps",
+    "score",
+)
 FAILURE_COLUMNS = ("cause", "verdict", "trials", "share", "where", "example_trial", "reason")
 ERROR = "error"  # in the verdict column, of a trial that could not be run; its reason says why
 
@@ -48,19 +68,14 @@ def ranking_frame(ranking: Sequence[Ranked], axes: Sequence[str]) -> pd.DataFram
 
 def failures_frame(buckets: Sequence[Bucket]) -> pd.DataFrame:
     """One row a bucket of failing trials, the largest first."""
-    rows = [
-        (b.cause, b.verdict, b.trials, round(b.share, 4), b.where, b.example.trial, b.reason) for b in buckets
-    ]
+    rows = [(b.cause, b.verdict, b.trials, round(b.share, 4), b.where, b.example.trial, b.reason) for b in buckets]
     return pd.DataFrame(rows, columns=list(FAILURE_COLUMNS))
 
 
 def verdicts_frame(recipes: pd.DataFrame, results: Sequence[TrialResult]) -> pd.DataFrame:
     """The recipes as they were given, a row each in the same order, with their verdicts."""
     found = pd.DataFrame(
-        [
-            (r.verdict or ERROR, r.cause, r.skill, r.steps, r.error or r.reason)
-            for r in results
-        ],
+        [(r.verdict or ERROR, r.cause, r.skill, r.steps, r.error or r.reason) for r in results],
         columns=list(VERDICT_COLUMNS),
         index=recipes.index,
     )

@@ -22,9 +22,7 @@ FAILURES = 5
 LOG_WIDTH = 140
 
 
-def summary(
-    folder: Path, config: Config, results: Sequence[TrialResult], ranking: Sequence[Ranked]
-) -> RenderableType:
+def summary(folder: Path, config: Config, results: Sequence[TrialResult], ranking: Sequence[Ranked]) -> RenderableType:
     """Everything that is printed at the end of a search."""
     searched = [r for r in results if r.phase is Phase.SEARCH]
     parts: list[RenderableType] = []
@@ -82,7 +80,10 @@ def _failures(results: Sequence[TrialResult], config: Config) -> list[Renderable
         return []
     lines: list[RenderableType] = ["", Text("what fails", style="bold")]
     for bucket in found[:FAILURES]:
-        lines += [Text(f"  {bucket}"), Text(f"      such as trial {bucket.example.trial}: {bucket.reason}", style="dim")]
+        lines += [
+            Text(f"  {bucket}"),
+            Text(f"      such as trial {bucket.example.trial}: {bucket.reason}", style="dim"),
+        ]
     if len(found) > FAILURES:
         lines.append(Text(f"  and {len(found) - FAILURES} more kinds in failures.csv", style="dim"))
     return lines

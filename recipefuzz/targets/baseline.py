@@ -1,4 +1,4 @@
-"""The loss of the best constant predictor: the zero of skill.
+"""The best constant predictor: its loss is the zero of skill.
 
 A constant predictor ignores its input. What it reaches is what can be had from the targets alone: the entropy of the
 label frequencies for a cross-entropy, the variance for a squared error. A model is learning only below it.
@@ -6,20 +6,55 @@ label frequencies for a cross-entropy, the variance for a squared error. A model
 
 from __future__ import annotations
 
+import contextlib
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from recipefuzz.targets.task import Rows, Task, TensorRows, some_rows
 
 ROWS = 1024  # targets used for a user's loss: the entropy of C classes is then right to about C / 2048 nats
 STARTS = (0.0, 0.5)  # 0.5 for losses of probabilities, which are singular at 0
 ITERATIONS = 25  # of L-BFGS on a few numbers: convex losses are done in 10 to 20
+IGNORED = -100  # torch's ignore_index: a position that has no label
 
 
-def constant_loss(task: Task, rows: Rows, batch_size: int, output: Any) -> float:
-    """Loss of the best constant prediction on the training targets, in the loss's own unit.
+@dataclass(frozen=True)
+class Constant:
+    """The best constant prediction for a set of targets.
+
+    Attributes:
+        loss: its mean loss over them, in the loss's own unit.
+        per_row: its loss on each training row, shape (N,), where a batch's loss is the mean over rows.
+        output: the prediction, to be expanded over rows, for losses that are not such a mean.
+    """
+
+    loss: float
+    per_row: Tensor | None = None
+    output: Tensor | None = None
+
+    def to(self, device: torch.device) -> Constant:
+        move = [t.to(device) if t is not None else None for t in (self.per_row, self.output)]
+        return Constant(self.loss, *move)
+
+    def of_rows(self, index: Tensor) -> Tensor | None:
+        """Loss on each of many batches, (steps, batch) -> (steps,), on the device; None if it needs targets."""
+        return None if self.per_row is None else self.per_row[index].mean(-1)
+
+    def of_targets(self, task: Task, target: Any) -> Tensor:
+        """Loss on one batch, a scalar on the device."""
+        if self.output is None:
+            return torch.tensor(self.loss)
+        rows = len(target) if isinstance(target, Tensor) else len(self.output)
+        with torch.no_grad():
+            return task.loss(self.output.expand(rows, *self.output.shape[1:]), target)
+
+
+def best_constant(task: Task, rows: Rows, batch_size: int, output: Any) -> Constant:
+    """The best constant prediction on the training targets.
 
     Args:
         rows: the training rows, scaled as the recipe says.
@@ -31,32 +66,36 @@ def constant_loss(task: Task, rows: Rows, batch_size: int, output: Any) -> float
     """
     if task.loss_kind == "custom":
         return _minimized(task, rows, batch_size, output)
-    targets = _targets(rows)
-    if task.loss_kind == "cross_entropy":
-        return _entropy(targets)
-    if task.loss_kind == "bce":
-        share = targets.double().mean(0)
-        return float((torch.special.entr(share) + torch.special.entr(1 - share)).mean())
-    return float(targets.double().var(0, correction=0).mean())
+    targets = rows.y if isinstance(rows, TensorRows) else rows.take(some_rows(rows, 10 * ROWS))[1]
+    losses = {"cross_entropy": _cross_entropy, "bce": _bce, "mse": _mse}[task.loss_kind](targets)
+    whole = isinstance(rows, TensorRows) and not bool((targets == IGNORED).any())
+    return Constant(float(losses.nanmean()), losses.float() if whole else None)
 
 
-def _targets(rows: Rows) -> Tensor:
-    if isinstance(rows, TensorRows):
-        return rows.y
-    y = rows.take(some_rows(rows, 10 * ROWS))[1]
-    return y  # type: ignore[no-any-return]
-
-
-def _entropy(targets: Tensor) -> float:
+def _cross_entropy(targets: Tensor) -> Tensor:
+    """Loss of the label frequencies, per row; NaN for a row without any label."""
     if targets.is_floating_point():  # class probabilities, (N, C, ...)
         share = targets.double().transpose(0, 1).flatten(1).mean(1)
-    else:
-        share = torch.bincount(targets[targets >= 0].flatten()).double()  # -100 marks ignored positions
-        share = share / share.sum()
-    return float(torch.special.entr(share).sum())
+        bits = -targets.double().transpose(1, -1) * share.clamp_min(torch.finfo(torch.double).tiny).log()
+        return bits.sum(-1).flatten(1).mean(1) if targets.dim() > 2 else bits.sum(-1)
+    labelled = targets != IGNORED
+    count = torch.bincount(targets[labelled].flatten()).double()
+    losses = -(count / count.sum()).log()[targets.clamp_min(0)]
+    return torch.where(labelled, losses, torch.nan).flatten(1).nanmean(1) if targets.dim() > 1 else losses
 
 
-def _minimized(task: Task, rows: Rows, batch_size: int, output: Any) -> float:
+def _bce(targets: Tensor) -> Tensor:
+    share = targets.double().mean(0, keepdim=True).expand(targets.shape)
+    losses = functional.binary_cross_entropy(share, targets.double(), reduction="none")
+    return losses.flatten(1).mean(1) if targets.dim() > 1 else losses
+
+
+def _mse(targets: Tensor) -> Tensor:
+    losses = (targets.double() - targets.double().mean(0)) ** 2
+    return losses.flatten(1).mean(1) if targets.dim() > 1 else losses
+
+
+def _minimized(task: Task, rows: Rows, batch_size: int, output: Any) -> Constant:
     """Minimum of the user's loss over outputs that are one vector, repeated over rows and positions.
 
     Which dimension of the output holds its features is not known, so each is tried and the lowest loss
@@ -66,12 +105,12 @@ def _minimized(task: Task, rows: Rows, batch_size: int, output: Any) -> float:
         raise ValueError(f"the model's output is a {type(output).__name__}, not one tensor")
     index = some_rows(rows, max(ROWS, batch_size))
     whole = min(batch_size, len(index))
-    batches = [rows.take(part.to(output.device))[1] for part in index.split(batch_size) if len(part) == whole]
+    batches = [rows.take(part)[1] for part in index.split(batch_size) if len(part) == whole]
     for start in STARTS:
         found = [_descend(task, batches, output, torch.full(s, start)) for s in _layouts(output)]
-        finite = [value for value in found if value is not None]
+        finite = [constant for constant in found if constant is not None]
         if finite:
-            return min(finite)
+            return min(finite, key=lambda constant: constant.loss)
     raise ValueError("the loss is not finite for any constant output")
 
 
@@ -83,31 +122,25 @@ def _layouts(output: Tensor) -> list[list[int]]:
     return shapes
 
 
-def _descend(task: Task, batches: list[Any], output: Tensor, constant: Tensor) -> float | None:
-    constant = constant.to(output.dtype).to(output.device).requires_grad_()
-    optimizer = torch.optim.LBFGS([constant], max_iter=ITERATIONS, line_search_fn="strong_wolfe")
+def _descend(task: Task, batches: list[Any], output: Tensor, start: Tensor) -> Constant | None:
+    point = start.to(output.dtype).requires_grad_()
+    optimizer = torch.optim.LBFGS([point], max_iter=ITERATIONS, line_search_fn="strong_wolfe")
+    best: list[Constant] = []
 
-    def mean_loss() -> Tensor:
+    def closure() -> Tensor:
+        optimizer.zero_grad()
         losses = []
         for y in batches:
             rows = len(y) if isinstance(y, Tensor) else len(output)
-            losses.append(task.loss(constant.expand(rows, *output.shape[1:]), y))
-        return torch.stack(losses).mean()
-
-    best: list[float] = []
-
-    def closure() -> float:
-        optimizer.zero_grad()
-        loss = mean_loss()
+            losses.append(task.loss(point.expand(rows, *output.shape[1:]), y))
+        loss = torch.stack(losses).mean()
         value = float(loss.detach())
-        if value == value and abs(value) != float("inf"):
-            best.append(value)
-        loss.backward()  # type: ignore[no-untyped-call]
-        return value
+        if torch.isfinite(loss) and (not best or value < best[-1].loss):
+            best.append(Constant(value, output=point.detach().clone().expand(1, *output.shape[1:])))
+        loss.backward()
+        return loss
 
-    try:
-        optimizer.step(closure)  # type: ignore[no-untyped-call]
-    except (RuntimeError, ValueError, IndexError):  # a loss may refuse a constant output: no gradient, a shape
-        return min(best, default=None)
-    return min(best, default=None)
-
+    # a loss may refuse a constant output: no gradient, a shape, an index
+    with contextlib.suppress(RuntimeError, ValueError, IndexError):
+        optimizer.step(closure)
+    return best[-1] if best else None

@@ -28,7 +28,10 @@ def load_object(path: str, folder: Path, place: Place) -> Any:
     module_name, _, name = path.partition(":")
     if not module_name or not name:
         raise InputError(
-            "not an import path", place=place, found=path, expected='"module:name", such as "train:build_model"'
+            "not an import path",
+            place=place,
+            found=path,
+            expected='"module:name", such as "train:build_model"',
         )
     module = _import(module_name, folder, place)
     found: Any = module
@@ -58,7 +61,10 @@ def _import(name: str, folder: Path, place: Place) -> ModuleType:
     top = name.split(".")[0]
     if top in sys.stdlib_module_names and PathFinder.find_spec(top, [str(folder)]):
         raise InputError(
-            f"{top}.py has the name of a module of Python itself", place=place, found=name, fix="rename the file"
+            f"{top}.py has the name of a module of Python itself",
+            place=place,
+            found=name,
+            fix="rename the file",
         )
     _forget_namesake(top, folder)
     if str(folder) not in sys.path:

@@ -15,7 +15,8 @@ from torch.nn import functional
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
-NORMS = ("none", "batch", "layer", "group", "rms")
+from recipefuzz.recipe import NORMS
+
 EPS = 1e-5  # PyTorch's own for batch, layer and group
 MAX_GROUPS = 8
 
@@ -117,7 +118,7 @@ class _RMSNormFirst(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         # torch's kernel, not x * rsqrt(mean(x^2)): it sums in float32, where fp16 squares overflow at 256
         last = functional.rms_norm(x.movedim(1, -1), (self.num_channels,), self.weight, EPS)
-        return last.movedim(-1, 1)
+        return last.movedim(-1, 1).contiguous()  # else a convolution's gradient has no batching rule (vmap)
 
     def extra_repr(self) -> str:
         return f"{self.num_channels}"
@@ -152,9 +153,7 @@ def _layout(layer: nn.Module) -> tuple[int, bool] | None:
     return None
 
 
-def _successor(
-    path: str, layer: nn.Module, layout: tuple[int, bool], kind: str, fallback: Tensor
-) -> nn.Module:
+def _successor(path: str, layer: nn.Module, layout: tuple[int, bool], kind: str, fallback: Tensor) -> nn.Module:
     features, channels_first = layout
     name = type(layer).__name__
     inner = ", ".join(child for child, _ in layer.named_children())

@@ -75,9 +75,7 @@ def _load(config: Config) -> tuple[Rows, Rows]:
     return train, test
 
 
-def _named(
-    name: str, registry: dict[str, Any], kind: str, folder: Path, place: Place
-) -> Callable[..., Any]:
+def _named(name: str, registry: dict[str, Any], kind: str, folder: Path, place: Place) -> Callable[..., Any]:
     if ":" in name:
         return load_callable(name, folder, place)
     if name not in registry:

@@ -41,7 +41,10 @@ def _tensor(values: Any, place: Place) -> Tensor:
         tensor = torch.as_tensor(np.asarray(values))
     except (TypeError, ValueError) as error:
         raise InputError(
-            f"load() returned something that is no tensor: {error}", place=place, found=type(values), expected=EXPECTED
+            f"load() returned something that is no tensor: {error}",
+            place=place,
+            found=type(values),
+            expected=EXPECTED,
         ) from error
     if tensor.is_floating_point():
         return tensor.float()
@@ -53,7 +56,9 @@ def _tensor_rows(x: Tensor, y: Tensor, name: str, place: Place) -> TensorRows:
         raise InputError(f"x_{name} or y_{name} is a single number", place=place, expected=EXPECTED)
     if len(x) != len(y):
         found = f"x_{name} has {len(x)} rows, y_{name} has {len(y)}"
-        raise InputError("inputs and targets of different lengths", place=place, found=found, expected="as many of each")
+        raise InputError(
+            "inputs and targets of different lengths", place=place, found=found, expected="as many of each"
+        )
     _some(len(x), name, place)
     return TensorRows(x, y)
 
@@ -86,15 +91,15 @@ def check_finite(rows: Rows, name: str, place: Place) -> None:
                 _report_non_finite(rows, f"{letter}_{name}", "xy".index(letter), part, values, place)
 
 
-def _report_non_finite(
-    rows: Rows, name: str, side: int, part: Tensor, values: Tensor, place: Place
-) -> None:
+def _report_non_finite(rows: Rows, name: str, side: int, part: Tensor, values: Tensor, place: Place) -> None:
     where = (~values.isfinite()).nonzero()[0]
     row, column = int(part[where[0]]), where[1:].tolist()
     spot = f"row {row}" + (f", column {', '.join(map(str, column))}" if column else "")
     whole = (rows.x, rows.y)[side] if isinstance(rows, TensorRows) else values
     bad = ~whole.isfinite()
-    count = f"{int(bad.sum())} such values in {int(bad.flatten(1).any(1).sum()) if bad.dim() > 1 else int(bad.sum())} rows"
+    count = (
+        f"{int(bad.sum())} such values in {int(bad.flatten(1).any(1).sum()) if bad.dim() > 1 else int(bad.sum())} rows"
+    )
     raise InputError(
         f"{name} holds a value that is not finite: {spot} (counted from 0)",
         place=place,

@@ -17,7 +17,7 @@ def seeded(seed: int, device: torch.device | None = None) -> Iterator[None]:
     A trial is a pure function of its seed only if none of the three leaks in; the state that the user's
     process had (of the CPU and of `device`) is restored on the way out.
     """
-    python, arrays = random.getstate(), np.random.get_state()  # noqa: NPY002 - the user's code may use it
+    python, arrays = random.getstate(), np.random.get_state()
     with torch.random.fork_rng(**_forked(device)):
         torch.manual_seed(seed)
         np.random.seed(seed % 2**32)

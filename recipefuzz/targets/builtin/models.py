@@ -159,9 +159,7 @@ def transformer(
         entry = nn.Sequential(entry, nn.Linear(features, width))
     blocks = [Block(width, heads, norm, dropout) for _ in range(depth)]
     final = make_norm(norm, width, channels_first=False)
-    return Transformer(
-        entry, sample_x.shape[1], nn.Sequential(*blocks), final, nn.Linear(width, outputs), per_position
-    )
+    return Transformer(entry, sample_x.shape[1], nn.Sequential(*blocks), final, nn.Linear(width, outputs), per_position)
 
 
 MODELS: dict[str, Callable[..., nn.Module]] = {
