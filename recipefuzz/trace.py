@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 Floats = NDArray[np.float64]
-COLUMNS = ("loss", "constant", "grad_norm", "update_norm", "param_norm")
+COLUMNS = ("loss", "constant", "grad_norm", "update_norm", "weight_change", "weight_norm")
 
 
 def _empty() -> Floats:
@@ -25,8 +25,10 @@ class Trace:
         constant: loss of the best constant predictor on the same batch; shape (steps,). Skill measured
             against it is free of the noise that the draw of the batch puts into both.
         grad_norm: L2 norm of the whole gradient before clipping; shape (steps,).
-        update_norm: L2 norm of the step's parameter change; shape (steps,).
-        param_norm: L2 norm of the parameters before the step; shape (steps,).
+        update_norm: L2 norm of the step's change of all parameters; shape (steps,).
+        weight_change: the same of the weights alone, the parameters with two or more dimensions; (steps,).
+        weight_norm: L2 norm of the weights before the step; shape (steps,). Gains of normalization layers are
+            kept out of it: beside small weights they would hide how far these move.
         heldout: (steps done, held-out loss in eval mode), at evaluations.
         first_bad: the step, counted from 1, at which the loss, the gradient or a parameter was first not
             finite; None if none was. The arrays end with that step.
@@ -37,7 +39,8 @@ class Trace:
     constant: Floats = field(default_factory=_empty)
     grad_norm: Floats = field(default_factory=_empty)
     update_norm: Floats = field(default_factory=_empty)
-    param_norm: Floats = field(default_factory=_empty)
+    weight_change: Floats = field(default_factory=_empty)
+    weight_norm: Floats = field(default_factory=_empty)
     heldout: tuple[tuple[int, float], ...] = ()
     first_bad: int | None = None
     steps_run: int = 0
@@ -52,14 +55,14 @@ class Trace:
 
     @property
     def update_ratio(self) -> Floats:
-        """Size of each step's change relative to the parameters, the usual gauge of a learning rate; (steps,)."""
-        return self.update_norm / np.maximum(self.param_norm, np.finfo(np.float64).tiny)
+        """Size of each step's change relative to the weights, the usual gauge of a learning rate; (steps,)."""
+        return self.weight_change / np.maximum(self.weight_norm, np.finfo(np.float64).tiny)
 
     def extended(self, chunk: Floats) -> Trace:
         """This trace with a chunk of steps added.
 
         Args:
-            chunk: shape (steps, 6): the arrays in the order of `COLUMNS`, and whether (not 0) something was not
+            chunk: shape (steps, 7): the arrays in the order of `COLUMNS`, and whether (not 0) something was not
                 finite. Steps after the first such one are paid for and dropped: they train on rubbish.
         """
         bad = chunk[:, len(COLUMNS)] != 0

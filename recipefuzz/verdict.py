@@ -133,6 +133,8 @@ class Evidence:
     path: float
     motion: float
     swell: float
+    course: Course
+    log_course: Course
 
     @property
     def rising(self) -> bool:
@@ -201,8 +203,8 @@ def weigh(trace: Trace, baseline: float, budget: Budget) -> Evidence | None:
     recent = skill_of(trace, baseline, t - quarter, t)
     logs = np.log(np.maximum(trace.loss, TINY))
     last = _mean(logs[-quarter:])
-    step = float(np.median(trace.update_norm[-quarter:]))
-    start = float(trace.param_norm[0])
+    step = float(np.median(trace.update_ratio[-quarter:]))
+    start = float(trace.weight_norm[0])
     return Evidence(
         used=t / budget.steps,
         left=left,
@@ -218,9 +220,11 @@ def weigh(trace: Trace, baseline: float, budget: Budget) -> Evidence | None:
         reach=float((trace.grad_norm[-quarter:] * trace.update_norm[-quarter:]).mean())
         * left
         / max(abs(baseline), TINY),
-        path=(float(trace.update_norm.sum()) + step * left) / max(start, TINY),
-        swell=float(trace.param_norm[-1]) / max(start, TINY),
-        motion=step * left / max(float(trace.param_norm[-1]), TINY),
+        path=float(trace.update_ratio.sum()) + step * left,
+        course=Course(recent, recent.minus(before), before.minus(skill_of(trace, baseline, t - 3 * quarter, t - 2 * quarter)), budget.limit / t),
+        log_course=Course(Estimate(-last.mean + float(np.log(max(abs(baseline), TINY))), last.error), _mean(logs[-2 * quarter : -quarter]).minus(last), _mean(logs[-3*quarter:-2*quarter]).minus(_mean(logs[-2*quarter:-quarter])), budget.limit / t),
+        swell=float(trace.weight_norm[-1]) / max(start, TINY),
+        motion=step * left,
     )
 
 
@@ -241,34 +245,41 @@ def _learned(e: Evidence) -> Verdict | None:
 
 def _rising(e: Evidence) -> Verdict | None:
     """On its present course: a straight line while the short budget lasts; after it, growth by the same
-    factor as before if it is getting faster, which is how plateaus end.
-    """
-    if not (e.rising and e.recent.low > 0 and e.motion >= ALIVE):
+    factor as before if it is getting faster, which is how plateaus end."""
+    if not (e.used >= P["rise_t"] and e.rising and e.recent.low > 0 and e.motion >= ALIVE):
         return None
-    line = e.recent.mean + e.trend.mean / e.quarter * e.left
-    if e.used < 1:
-        return _verdict(Label.CONVERGING, "line", e) if line >= LEARNED else None
-    if e.trend.mean > FASTER * e.earlier_trend.mean:
-        return _verdict(Label.CONVERGING, "growth", e) if _grown(e) >= LEARNED else None
-    label = Label.CONVERGING if line >= MIDDLE else Label.STALLED
-    return _verdict(label, "line-end", e)
+    course = e.course
+    fastest = 1.0 if e.used < 1 else P["pmax"]
+    if course.power(course.ratio) > 1 and e.trend.mean < P["sure"] * e.trend.error:
+        fastest = 1.0
+    if e.recent.mean + course.gain(course.ratio, e.trend.mean, fastest) >= LEARNED:
+        return _verdict(Label.CONVERGING, f"rising p={course.power(course.ratio):.1f}", e)
+    return None
 
 
-def _grown(e: Evidence) -> float:
-    before = e.recent.mean - e.trend.mean
-    factor = min(e.recent.mean / before, MOST_GROWTH) if before > 0 else MOST_GROWTH
-    return e.recent.mean * factor ** min(e.left / e.quarter, 50.0)
+def _settled(e: Evidence) -> Verdict | None:
+    if e.used < P["settle_t"] or e.recent.low <= P["settle_l"] or e.trend.mean < P["settle_s"] * e.trend.error:
+        return None
+    course = e.course
+    if course.power(course.ratio) > P["settle_p"]:
+        return None
+    end = e.recent.mean + course.gain(course.ratio, e.trend.mean, 1.0)
+    return _verdict(Label.CONVERGING if end >= MIDDLE else Label.STALLED, "settled", e)
 
 
 def _too_slow(e: Evidence) -> Verdict | None:
-    if e.path >= LAZY:
-        return None
-    line = e.recent.high + max(0.0, e.trend.high) / e.quarter * e.left
-    if e.recent.high + e.reach < SOME or (e.used >= 0.25 and line < SOME):
-        return _verdict(Label.STALLED, "slow", e)
-    rate = min(0.0, e.log_trend.low / e.quarter)
-    if e.used >= 0.5 and e.now.high < 0 and e.log_excess + rate * e.left > 0:
-        return _verdict(Label.STALLED, "slow-log", e)
+    if e.path < LAZY and e.recent.high + e.reach < SOME:
+        return _verdict(Label.STALLED, "reach", e)
+    if e.path < LAZY and e.used >= P["lazy_t"]:
+        course, goal = (e.log_course, 0.0) if e.recent.high < FAR_BELOW else (e.course, MIDDLE)
+        if course.last.mean + course.gain(course.ratio, max(0.0, course.trend.mean), 1.0) < goal:
+            return _verdict(Label.STALLED, "lazy course", e)
+    if (e.path < LAZY and e.used >= P["slow_t"]) or (e.swell >= P["swell"] and e.used >= 1):
+        if e.recent.high < FAR_BELOW:
+            if e.log_course.best() < 0:
+                return _verdict(Label.STALLED, "log course", e)
+        elif e.course.best() < SOME:
+            return _verdict(Label.STALLED, "course", e)
     return None
 
 
@@ -283,6 +294,8 @@ def _flat(e: Evidence) -> Verdict | None:
         return None
     if e.used >= P["thrown_t"] and e.half.high < FLAT and e.swell >= P["swell"]:
         return _verdict(Label.STALLED, "thrown", e)
+    if e.used >= P["weak_t"] and e.half.high < FLAT and e.reach < P["weak"]:
+        return _verdict(Label.STALLED, "weak", e)
     if e.used >= P["flat_t"] and e.half.high < 0:
         return _verdict(Label.STALLED, "flat", e)
     if e.used >= P["flat2_t"] and e.now.high < FLAT:
@@ -290,7 +303,38 @@ def _flat(e: Evidence) -> Verdict | None:
     return None
 
 
-P = dict(thrown_t=0.5, swell=1.5, flat_t=1.5, flat2_t=2.0)
+P = dict(settle_l=0.05, lazy_t=0.5, weak_t=1.0, weak=15.0, settle_t=1.0, settle_s=3.0, settle_p=1.0, plo=1.0, thrown_t=0.5, swell=1.5, flat_t=1.5, flat2_t=2.0, rise_t=0.25, pmax=3.0, sure=3.0, slow_t=0.25)
+POWERS = np.linspace(-2.0, 4.0, 61)
+
+
+@dataclass(frozen=True)
+class Course:
+    """a + b * t^p through the means of the last three quarters"""
+
+    last: Estimate
+    trend: Estimate
+    earlier: Estimate
+    stretch: float
+
+    @property
+    def ratio(self) -> float:
+        return self.trend.mean / self.earlier.mean if self.earlier.mean > 0 else float("inf")
+
+    def power(self, ratio: float) -> float:
+        return float(np.interp(ratio, RATIOS, POWERS))
+
+    def gain(self, ratio: float, trend: float, most: float) -> float:
+        p = min(max(self.power(ratio), P["plo"] if most == 1.0 and self.stretch > 5.1 else -2.0), most) or 1e-6
+        return trend * (self.stretch**p - 0.875**p) / (0.875**p - 0.625**p)
+
+    def best(self) -> float:
+        slow = max(self.earlier.low, 0.0)
+        trend = max(self.trend.high, 0.0)
+        ratio = trend / slow if slow > 0 else float("inf")
+        return self.last.high + self.gain(ratio, trend, 1.0)
+
+
+RATIOS = np.array([((0.875**p - 0.625**p) / (0.625**p - 0.375**p)) for p in np.where(POWERS == 0, 1e-6, POWERS)])
 
 
 def _horizon(e: Evidence) -> Verdict | None:
@@ -299,7 +343,7 @@ def _horizon(e: Evidence) -> Verdict | None:
     return _verdict(Label.CONVERGING if e.now.mean >= MIDDLE else Label.STALLED, "horizon", e)
 
 
-RULES = (_learned, _rising, _too_slow, _blown_up, _flat, _horizon)
+RULES = (_learned, _rising, _settled, _too_slow, _blown_up, _flat, _horizon)
 
 
 def _verdict(label: Label, reason: str, e: Evidence) -> Verdict:

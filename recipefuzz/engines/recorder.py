@@ -1,4 +1,4 @@
-"""What is recorded of each training step, without reading the device: four numbers and a flag."""
+"""What is recorded of each training step, without reading the device: five numbers and a flag."""
 
 from __future__ import annotations
 
@@ -17,7 +17,9 @@ class Recorder:
     """
 
     def __init__(self, parameters: list[nn.Parameter]) -> None:
-        self._parameters = parameters
+        weights = [p for p in parameters if p.dim() >= 2]
+        self._parameters = [*weights, *(p for p in parameters if p.dim() < 2)]
+        self._weights = sum(p.numel() for p in weights) or sum(p.numel() for p in parameters)
         self._snapshots = [self._snapshot()]
         self._most = max(1, BYTES // max(1, self._snapshots[0].nbytes))
         self._losses: list[Tensor] = []
@@ -36,7 +38,7 @@ class Recorder:
             self._reduce()
 
     def take(self) -> Tensor:
-        """Loss, gradient, update and parameter norm, bad?: shape (steps, 5) on the device, for all steps since."""
+        """All steps since: loss, norms of gradient, update, weights' change, weights, and bad?; (steps, 6)."""
         self._reduce()
         rows = torch.cat(self._reduced)
         self._reduced.clear()
@@ -51,12 +53,14 @@ class Recorder:
         """
         if not self._losses:
             return
-        weights = torch.stack(self._snapshots)
-        before, after = weights[:-1], weights[1:]
+        parameters = torch.stack(self._snapshots)
+        before, after = parameters[:-1], parameters[1:]
+        change, some = after - before, slice(0, self._weights)
         loss = torch.stack(self._losses).reshape(-1).float()
         gradient = torch.stack(self._gradients).float()
         bad = ~(torch.isfinite(loss) & torch.isfinite(after).all(1)) | torch.isnan(gradient)
-        columns = [loss, gradient, (after - before).norm(dim=1), before.norm(dim=1), bad]
+        norms = [change.norm(dim=1), change[:, some].norm(dim=1), before[:, some].norm(dim=1)]
+        columns = [loss, gradient, *norms, bad]
         self._reduced.append(torch.stack([c.float() for c in columns], dim=1))
         self._snapshots = self._snapshots[-1:]
         self._losses.clear()
