@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from recipefuzz.config import load_config
     from recipefuzz.errors import InputError, RecipefuzzError, RunFailedError
     from recipefuzz.judging import judge_recipes
-    from recipefuzz.search import search
+    from recipefuzz.searching import search
 
 __version__ = "0.1.0"
 
@@ -25,7 +25,7 @@ _HOMES = {
     "RunFailedError": "errors",
     "judge_recipes": "judging",
     "load_config": "config",
-    "search": "search",
+    "search": "searching",
 }
 
 

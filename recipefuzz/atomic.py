@@ -11,7 +11,7 @@ from recipefuzz.errors import Place, RunFailedError
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Write a text file.
+    """Write a text file. Half characters, as in the name of a broken file, are written as escapes.
 
     Raises:
         RunFailedError: a full disk or a folder that can't be written. An older file of the name stays.
@@ -19,7 +19,13 @@ def write_atomically(path: Path, text: str) -> None:
     name = ""
     try:
         with tempfile.NamedTemporaryFile(
-            "w", encoding="utf-8", newline="", dir=path.parent, prefix=f".{path.name}.", delete=False
+            "w",
+            encoding="utf-8",
+            errors="backslashreplace",
+            newline="",
+            dir=path.parent,
+            prefix=f".{path.name}.",
+            delete=False,
         ) as file:
             name = file.name
             file.write(text)
@@ -28,14 +34,15 @@ def write_atomically(path: Path, text: str) -> None:
         Path(name).chmod(0o666 & ~_umask())
         Path(name).replace(path)
     except OSError as error:
-        if name:
-            with contextlib.suppress(OSError):
-                Path(name).unlink()
         raise RunFailedError(
             f"can't write the file: {error.strerror}",
             place=Place(str(path)),
             fix="make room or choose another folder, and run the same command again",
         ) from error
+    finally:
+        if name:
+            with contextlib.suppress(OSError):  # gone, if all went well
+                Path(name).unlink()
 
 
 def _umask() -> int:

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
 from recipefuzz.errors import InputError, did_you_mean, nearest
-from recipefuzz.recipe import AXES, Scalar
+from recipefuzz.recipe import AXES, Scalar, is_finite
 from recipefuzz.source import Source
 from recipefuzz.space import Axis, Choice, Range, Space
 
 RANGE_KEYS = ("low", "high", "log", "step", "integer")
+# fmt: off
+TAKEN = frozenset((  # columns of the run's tables that are no axes: an axis of such a name would hide the column
+    "trial", "phase", "seed", "verdict", "cause", "skill", "score", "heldout_skill", "loss", "baseline", "steps",
+    "first_bad", "seconds", "reason", "rank", "safe", "passed", "runs", "pass_low", "pass_high",
+))
+# fmt: on
 
 
 def parse_space(section: Mapping[str, Any], source: Source) -> Space:
@@ -30,6 +35,7 @@ def parse_values(section: Mapping[str, Any], source: Source) -> dict[str, Scalar
         InputError: a value that the axis' rule does not accept.
     """
     for name, value in section.items():
+        _check_name(name, source, "recipe")
         if isinstance(value, (dict, list)):
             raise InputError(
                 "one value belongs here",
@@ -46,22 +52,24 @@ def check_value(name: str, value: Any, source: Source, *path: str | int) -> None
     place = source.place(*path)
     if not isinstance(value, (bool, int, float, str, type(None))):
         raise InputError("not a single value", place=place, found=value, expected="a number, a word or null")
-    if isinstance(value, float) and not math.isfinite(value):
+    if isinstance(value, (int, float)) and not is_finite(value):
         raise InputError("not a finite number", place=place, found=value)
     rule = AXES.get(name)
     if rule is not None and not rule.accepts(value):
         near = nearest(value, rule.words) if isinstance(value, str) and rule.words else ""
-        fix = f"did you mean {near!r}?" if near else ""
+        quoted = isinstance(value, str) and not rule.words
+        fix = f"did you mean {near!r}?" if near else "a number has no quotes" if quoted else ""
         raise InputError(
             f"not a value of {name} ({rule.meaning})",
             place=place,
-            found=value,
+            found=repr(value) if quoted else _shown(value),
             expected=rule.expected,
             fix=fix,
         )
 
 
 def _axis(name: str, spec: Any, source: Source) -> Axis:
+    _check_name(name, source, "space")
     place = source.place("space", name)
     if isinstance(spec, list):
         return _choice(name, spec, source)
@@ -70,10 +78,20 @@ def _axis(name: str, spec: Any, source: Source) -> Axis:
     raise InputError(
         "not an axis",
         place=place,
-        found=spec,
+        found=_shown(spec),
         expected="a range {low: ..., high: ..., log: true} or a list of choices",
-        fix=f"one fixed value belongs under recipe: {{{name}: {spec}}}",
+        fix=f"one fixed value belongs under recipe: {{{name}: {_shown(spec)}}}",
     )
+
+
+def _check_name(name: str, source: Source, section: str) -> None:
+    if name in TAKEN:
+        raise InputError(
+            f"an axis can't be called {name!r}",
+            place=source.place(section, name),
+            expected=f"a name that is no column of the run's tables ({', '.join(sorted(TAKEN))})",
+            fix="rename the factory's argument, or set a fixed value under target: {model_args: ...}",
+        )
 
 
 def _choice(name: str, options: list[Any], source: Source) -> Choice:
@@ -81,8 +99,11 @@ def _choice(name: str, options: list[Any], source: Source) -> Choice:
         raise InputError("an empty list of choices", place=source.place("space", name), expected="at least one value")
     for i, option in enumerate(options):
         check_value(name, option, source, "space", name, i)
-        if any(option == o and type(option) is type(o) for o in options[:i]):
-            raise InputError("this choice stands twice", place=source.place("space", name, i), found=option)
+        if option in options[:i]:
+            twin = next(o for o in options if o == option)
+            fix = "" if type(option) is type(twin) else f"it equals {_shown(twin)}: keep one of them"
+            place = source.place("space", name, i)
+            raise InputError("this choice stands twice", place=place, found=_shown(option), fix=fix)
     return Choice(tuple(options))
 
 
@@ -101,7 +122,10 @@ def _range(name: str, spec: dict[str, Any], source: Source) -> Range:
         _number(spec[key], source, "space", name, key)
     for key in ("log", "integer"):
         if not isinstance(spec.get(key, False), bool):
-            raise InputError("not true or false", place=source.place("space", name, key), found=spec[key])
+            place = source.place("space", name, key)
+            raise InputError("not true or false", place=place, found=_shown(spec[key]), expected="true or false")
+    if spec.get("step") is not None:
+        _number(spec["step"], source, "space", name, "step")
     found = Range(spec["low"], spec["high"], spec.get("log", False), _is_integer(name, spec), spec.get("step"))
     _check_range(name, found, source)
     for key in ("low", "high"):
@@ -117,9 +141,16 @@ def _is_integer(name: str, spec: dict[str, Any]) -> bool:
     return bool(spec.get("integer", whole))
 
 
+def _shown(value: Any) -> Any:
+    """A value as it is written in YAML."""
+    return {None: "null", True: "true", False: "false"}[value] if value is None or isinstance(value, bool) else value
+
+
 def _number(value: Any, source: Source, *path: str) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise InputError("not a number", place=source.place(*path), found=value, expected="a number")
+        raise InputError("not a number", place=source.place(*path), found=_shown(value), expected="a number")
+    if not is_finite(value):
+        raise InputError("not a finite number", place=source.place(*path), found=value)
 
 
 def _check_range(name: str, axis: Range, source: Source) -> None:
@@ -132,15 +163,17 @@ def _check_range(name: str, axis: Range, source: Source) -> None:
         fix = f"one fixed value belongs under recipe: {{{name}: {low}}}"
         raise InputError("an empty range", place=place, found=shown, expected="low < high", fix=fix)
     if axis.log and low <= 0:
-        fix = f"start above zero, such as low: {high / 1e4:g}, or drop log"
+        fix = f"start above zero, such as low: {high / 1e4:g}, or drop log" if high > 0 else "drop log"
         raise InputError("a log range can't reach 0", place=place, found=shown, expected="low > 0", fix=fix)
     if axis.integer and (low != int(low) or high != int(high)):
-        raise InputError("an integer range with a fraction", place=place, found=shown)
+        raise InputError("an integer range with a fraction", place=place, found=shown, expected="whole low and high")
     if axis.step is not None:
-        _number(axis.step, source, "space", name, "step")
         if axis.log:
             raise InputError("log and step together", place=place, fix="keep one of them")
         if not 0 < axis.step <= high - low:
             bounds = f"more than 0, at most {high - low:g}"
             where = source.place("space", name, "step")
             raise InputError("not a step of this range", place=where, found=axis.step, expected=bounds)
+        if axis.integer and axis.step != int(axis.step):
+            where = source.place("space", name, "step")
+            raise InputError("a step with a fraction in an integer range", place=where, found=axis.step)

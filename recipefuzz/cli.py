@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import os
+import io
 import sys
+import traceback
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from recipefuzz.errors import EXIT_BAD_ANSWER, EXIT_INTERRUPTED, InputError, RecipefuzzError
+from recipefuzz.errors import EXIT_BAD_ANSWER, EXIT_RUN_FAILED, InputError, RecipefuzzError
 
 app = typer.Typer(
     help="Which training recipes are safe, and why the others fail: found by experiment.",
@@ -40,7 +41,7 @@ def search(
     out = console()
     study = load_config(config).but(trials=trials, workers=workers, folder=folder)
     warm_up()
-    from recipefuzz.search import search as run_search
+    from recipefuzz.searching import search as run_search
 
     progress = Progress(out, study.axes.names)
     try:
@@ -112,7 +113,7 @@ def report(
     shown = summary(folder.path, config, results, ranking)
     console().print(shown)
     if svg is not None:
-        drawing = Console(record=True, width=110, file=Path(os.devnull).open("w"), force_terminal=True)  # noqa: SIM115
+        drawing = Console(record=True, width=110, file=io.StringIO(), force_terminal=True)
         drawing.print(shown)
         write_atomically(svg, drawing.export_svg(title=f"recipefuzz search {config.study}"))
 
@@ -144,15 +145,12 @@ def init(
 
 
 def main() -> None:
-    """Entry point: errors become one message and an exit code, never a traceback."""
+    """Entry point: what is wrong with the input is one message, not a traceback."""
     try:
-        code = app(standalone_mode=False)
-        sys.exit(code if isinstance(code, int) else 0)
+        app(prog_name="recipefuzz")
     except RecipefuzzError as error:
         typer.echo(f"recipefuzz: {'error' if isinstance(error, InputError) else 'failed'}: {error}", err=True)
         sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        sys.exit(EXIT_INTERRUPTED)
-    except BrokenPipeError:  # the reader of our output (head, less) has left
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(EXIT_BAD_ANSWER)
+    except Exception:  # ours to mend: shown whole, and told from a bad answer by its exit code
+        traceback.print_exc()
+        sys.exit(EXIT_RUN_FAILED)

@@ -5,13 +5,14 @@ Every fault is one `InputError` that names the file, the line, the key, what was
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, ValidationError
 
 from recipefuzz.axes import parse_space, parse_values
 from recipefuzz.errors import InputError, did_you_mean
@@ -26,14 +27,41 @@ UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 
 def _seconds(value: object) -> object:
     """Seconds of a duration such as 90, "90s", "10m", "2h" or "1d"."""
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        return value
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([smhd]?)\s*", str(value))
-    if match is None or isinstance(value, bool):
-        raise ValueError("expected seconds, or a number with s, m, h or d: 90, 10m, 2h")
+    if match is None:
+        raise ValueError("not a duration")
     return float(match[1]) * UNITS[match[2] or "s"]
 
 
-Duration = Annotated[float, BeforeValidator(_seconds), Field(gt=0)]
-Count = Annotated[int, Field(ge=1)]
+def _number(value: object) -> object:
+    """Python, and pydantic with it, takes true for 1."""
+    if isinstance(value, bool):
+        raise ValueError("not a number")
+    return value
+
+
+def _workers(value: object) -> object:
+    number = int(str(value)) if re.fullmatch(r"\d{1,4}", str(value)) else -1
+    if value != "auto" and not 0 <= number <= 1024:
+        raise ValueError("not a number of processes")
+    return value if value == "auto" else number
+
+
+def _plain(values: dict[str, Any]) -> dict[str, Any]:
+    """Arguments that the store can keep: no infinity, no date, no set."""
+    try:
+        json.dumps(values, allow_nan=False)
+    except (ValueError, TypeError, RecursionError) as error:
+        raise ValueError("not plain data") from error
+    return values
+
+
+Duration = Annotated[float, BeforeValidator(_seconds), Field(gt=0, allow_inf_nan=False)]
+Whole = Annotated[int, BeforeValidator(_number), Field(ge=0, lt=2**31)]
+Count = Annotated[int, BeforeValidator(_number), Field(ge=1, lt=2**31)]
+Arguments = Annotated[dict[str, Any], AfterValidator(_plain)]
 
 
 class _Section(BaseModel):
@@ -46,8 +74,8 @@ class TargetConfig(_Section):
     data: str
     model: str
     loss: str = "cross_entropy"
-    data_args: dict[str, Any] = {}
-    model_args: dict[str, Any] = {}
+    data_args: Arguments = {}
+    model_args: Arguments = {}
 
 
 class TrialConfig(_Section):
@@ -55,15 +83,15 @@ class TrialConfig(_Section):
 
     steps: Count = 300
     batch_size: Count = 64
-    seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
-    extend: Annotated[int, Field(ge=0, le=100)] = 4
+    seed: Whole = 0
+    extend: Annotated[Whole, Field(le=100)] = 4
     timeout: Duration | None = None
 
 
 class ConfirmConfig(_Section):
     """Fresh seeds for the best candidates."""
 
-    top: Annotated[int, Field(ge=0)] = 10
+    top: Whole = 10
     seeds: Count = 5
 
 
@@ -72,10 +100,10 @@ class SearchConfig(_Section):
 
     trials: Count = 100
     sampler: Samplers = "tpe"
-    seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    seed: Whole = 0
     time: Duration | None = None
-    window: Annotated[int, Field(ge=1, le=4096)] = 16
-    grid_points: Annotated[int, Field(ge=2, le=1000)] = 5
+    window: Annotated[Count, Field(le=4096)] = 16
+    grid_points: Annotated[Count, Field(ge=2, le=1000)] = 5
     confirm: ConfirmConfig = ConfirmConfig()
     rank_by: Literal["skill", "heldout_skill"] = "skill"
 
@@ -85,7 +113,7 @@ class RunConfig(_Section):
 
     device: str = "auto"
     engine: Literal["auto", "sequential"] = "auto"
-    workers: Literal["auto"] | Annotated[int, Field(ge=0, le=1024)] = "auto"
+    workers: Annotated[Literal["auto"] | int, BeforeValidator(_workers)] = "auto"
     folder: str | None = None
 
 
@@ -142,7 +170,7 @@ class Config(_Section):
         changes = {("search", "trials"): trials, ("run", "workers"): workers, ("run", "folder"): folder}
         for (section, key), value in changes.items():
             if value is not None:
-                data[section][key] = str(value) if isinstance(value, Path) else value
+                data[section][key] = int(value) if str(value).isdigit() else str(value)
         return parse_config(data, self._source)
 
     def resolved(self) -> dict[str, Any]:
@@ -157,10 +185,10 @@ def load_config(path: str | Path) -> Config:
         InputError: whatever is wrong with it.
     """
     data, source = read_yaml(Path(path))
-    return parse_config({"study": _study_name(Path(path))} | data, source)
+    return parse_config({"study": study_name(Path(path))} | data, source)
 
 
-def _study_name(path: Path) -> str:
+def study_name(path: Path) -> str:
     """A study without a name is called like its file, or like its folder where the file is config.yaml."""
     stem = path.resolve().parent.name if path.stem == "config" else path.stem
     return re.sub(r"[^A-Za-z0-9._-]+", "-", stem).strip("-._")[:100] or "study"
@@ -189,7 +217,7 @@ def parse_config(data: Mapping[str, Any], source: Source | None = None) -> Confi
 def _first_fault(error: ValidationError, source: Source) -> InputError:
     faults = error.errors(include_url=False)
     first = faults[0]
-    path = tuple(p for p in first["loc"] if p not in ("constrained-int", "literal['auto']", "function-before"))
+    path = _path(first)
     place = source.place(*path)
     others = "" if len(faults) == 1 else "also wrong: " + "; ".join(_brief(f, source) for f in faults[1:6])
     if first["type"] == "extra_forbidden":
@@ -204,17 +232,38 @@ def _first_fault(error: ValidationError, source: Source) -> InputError:
     if first["type"] == "missing":
         expected = MEANING.get(dotted(path), "")
         return InputError(f"the key {dotted(path)!r} is missing", place=place, expected=expected, detail=others)
-    found = first["input"] if first["input"] is not None else "null"
-    return InputError(_sentence(first), place=place, found=found, expected=MEANING.get(dotted(path), ""), detail=others)
+    found = {None: "null", True: "true", False: "false"}[first["input"]] if _is_word(first["input"]) else first["input"]
+    expected = ", ".join(_known_keys(path)) if first["type"] == "model_type" else MEANING.get(dotted(path), "")
+    return InputError(_sentence(first), place=place, found=found, expected=expected, detail=others)
+
+
+def _is_word(value: Any) -> bool:
+    return value is None or isinstance(value, bool)
+
+
+def _path(fault: Any) -> KeyPath:
+    """Where a fault lies. A key that YAML reads as a number or a truth value is a word in the file."""
+    path = tuple(p for p in fault["loc"] if p != "[key]")
+    return (*path[:-1], str(path[-1])) if path and _is_key(fault) else path
+
+
+def _is_key(fault: Any) -> bool:
+    return bool(fault["type"] == "invalid_key" or fault["loc"][-1:] == ("[key]",))
 
 
 def _sentence(fault: Any) -> str:
+    if _is_key(fault):
+        return "a key is a word; put it in quotes if it is meant as one"
+    if fault["type"] == "extra_forbidden":
+        return "unknown key"
+    if fault["type"] in ("model_type", "dict_type"):
+        return "a section of keys belongs here"
     text = str(fault["msg"]).removeprefix("Value error, ")
     return text[:1].lower() + text[1:]
 
 
 def _brief(fault: Any, source: Source) -> str:
-    return f"{source.place(*fault['loc'])}: {_sentence(fault)}"
+    return f"{source.place(*_path(fault))}: {_sentence(fault)}"
 
 
 def _known_keys(path: KeyPath) -> list[str]:
@@ -224,19 +273,24 @@ def _known_keys(path: KeyPath) -> list[str]:
     return list(section.model_fields)
 
 
+ARGUMENTS = "keyword arguments: finite numbers, words, lists and mappings of them"
+DURATION = "seconds, or a number with s, m, h or d: 90, 10m, 2h"
 MEANING = {
     "study": "a name for the run's folder: letters, digits, dots and dashes",
     "target": "what is trained: {data: digits, model: mlp, loss: cross_entropy}",
     "target.data": 'a built-in data set, or "module:load"',
     "target.model": 'a built-in model, or "module:build"',
     "target.loss": 'cross_entropy, mse, bce, or "module:loss"',
+    "target.data_args": ARGUMENTS,
+    "target.model_args": ARGUMENTS,
     "trial.steps": "an integer, 1 or more: optimizer steps of one short trial",
     "trial.batch_size": "an integer, 1 or more",
     "trial.seed": "an integer, 0 or more",
     "trial.extend": "an integer, 0 or more: how many more budgets an undecided trial may have",
     "search.trials": "an integer, 1 or more: trials in all, across restarts",
     "search.sampler": ", ".join(get_args(Samplers)),
-    "search.time": "a duration such as 600, 10m or 2h",
-    "run.workers": "auto, or a number of processes (0: train in this one)",
+    "search.time": DURATION,
+    "trial.timeout": DURATION,
+    "run.workers": "auto, or a number of processes up to 1024 (0: train in this one)",
     "run.engine": "auto or sequential",
 }

@@ -11,11 +11,9 @@ from pathlib import Path
 PACKAGE = str(Path(__file__).parent)
 STANDARD_LIBRARY = str(Path(traceback.__file__).parent)
 
-EXIT_DONE = 0
 EXIT_BAD_ANSWER = 1  # the question was answered, and the answer is bad: no safe recipe
 EXIT_BAD_INPUT = 2
 EXIT_RUN_FAILED = 3
-EXIT_INTERRUPTED = 130
 
 
 @dataclass(frozen=True)
@@ -87,10 +85,13 @@ class NotFusableError(InputError):
 
 
 def shorten(value: object, limit: int = 120) -> str:
-    """`repr` of a value for a message, at most `limit` characters; empty for None."""
+    """A value for a message, on one line of at most `limit` characters; empty for None."""
     if value is None:
         return ""
-    text = value if isinstance(value, str) else repr(value)
+    try:
+        text = value if isinstance(value, str) and value and value.isprintable() else repr(value)
+    except ValueError:  # Python writes no integer of more than 4300 digits
+        text = "a number of thousands of digits"
     return text if len(text) <= limit else text[: limit - 3] + "..."
 
 
@@ -112,8 +113,9 @@ def user_traceback(error: BaseException) -> str:
     Frames of packages are kept where the user's code has none (an installed model, say).
     """
     frames = traceback.extract_tb(error.__traceback__)
-    users = [f for f in frames if _is_users(f.filename)]
-    shown = traceback.format_list(users or [f for f in frames if not f.filename.startswith(PACKAGE)][-2:])
+    users = [f for f in frames if is_users(f.filename)]
+    packages = [f for f in frames if _is_installed(f.filename) and not f.filename.startswith(PACKAGE)]
+    shown = traceback.format_list(users or packages[-2:])
     return "".join([*shown, *traceback.format_exception_only(error)]).rstrip()
 
 
@@ -121,10 +123,14 @@ def describe_exception(error: BaseException) -> str:
     """One line: the exception's class and first line, and the user's file and line where it was raised."""
     text = str(error).strip().splitlines()
     message = f"{type(error).__name__}: {text[0]}" if text else type(error).__name__
-    users = [f for f in traceback.extract_tb(error.__traceback__) if _is_users(f.filename)]
+    users = [f for f in traceback.extract_tb(error.__traceback__) if is_users(f.filename)]
     return f"{message} ({Path(users[-1].filename).name}:{users[-1].lineno})" if users else message
 
 
-def _is_users(filename: str) -> bool:
+def is_users(filename: str) -> bool:
     """Whether a file is neither ours, nor an installed package's, nor Python's."""
-    return "site-packages" not in filename and not filename.startswith((PACKAGE, STANDARD_LIBRARY, "<"))
+    return not _is_installed(filename) and not filename.startswith((PACKAGE, STANDARD_LIBRARY, "<"))
+
+
+def _is_installed(filename: str) -> bool:
+    return "site-packages" in filename or "dist-packages" in filename  # the latter is Debian's

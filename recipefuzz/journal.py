@@ -2,7 +2,9 @@
 
 It keeps Optuna's journal format, so `optuna.storages.JournalStorage` works on top of it and other programs of Optuna's
 can read the file. Optuna's own file backend locks, writes and syncs once for each parameter of each trial, and appends
-to a torn last line, which damages the file; this one buffers until `flush`, and cuts the torn line off first.
+to a torn last line, which damages the file; this one buffers until `flush`, and cuts a torn batch off first. A batch
+counts as a whole or not at all, so that what it holds (a trial with all its values, say) is never half there: the last
+entry of each bears a mark, which Optuna ignores.
 """
 
 from __future__ import annotations
@@ -23,12 +25,15 @@ except ImportError:  # Windows: no lock, so starting two searches in one folder 
     fcntl = None  # type: ignore[assignment]
 
 
+END = "end"  # the key that marks the last entry of a batch
+
+
 class Journal:
     """The journal of one run, held by one writer at a time.
 
     Args:
         path: the file; made if it is to be written.
-        write: take the lock and cut off a torn tail. Readers take no lock and skip the tail.
+        write: take the lock and cut off a torn batch. Readers take no lock and skip it.
 
     Raises:
         InputError: another process writes it, or a line in the middle is no JSON.
@@ -39,9 +44,13 @@ class Journal:
         self._path = path
         self._pending: list[str] = []
         self._file = self._open_locked() if write else None
-        self._logs, self._size = _read(path)
-        if self._file is not None:
-            self._file.truncate(self._size)
+        try:
+            self._logs, self._size = _read(path)
+            if self._file is not None:
+                self._file.truncate(self._size)
+        except BaseException:
+            self.close()
+            raise
 
     def _open_locked(self) -> Any:
         try:
@@ -54,11 +63,7 @@ class Journal:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             file.close()
-            raise InputError(
-                "another recipefuzz is at work in this run",
-                place=Place(str(self._path.parent)),
-                fix="wait for it (recipefuzz status shows it), stop it, or give this study another name",
-            ) from error
+            raise at_work(self._path.parent) from error
         except OSError as error:
             if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
                 raise _cannot("lock", self._path, error) from error
@@ -81,8 +86,10 @@ class Journal:
         """
         if not self._pending or self._file is None:
             return
-        data = ("\n".join(self._pending) + "\n").encode()
+        *rest, last = self._pending
+        data = "\n".join([*rest, f'{last[:-1]},"{END}":true}}', ""]).encode()
         try:
+            self._file.truncate(self._size)  # where that failed after a failed write
             written = 0
             while written < len(data):
                 written += self._file.write(data[written:])
@@ -113,6 +120,14 @@ def is_locked(path: Path) -> bool:
     return False
 
 
+def at_work(folder: Path) -> InputError:
+    return InputError(
+        "another recipefuzz is at work in this run",
+        place=Place(str(folder)),
+        fix="wait for it (recipefuzz status shows it), stop it, or give this study another name",
+    )
+
+
 def _cannot(verb: str, path: Path, error: OSError) -> RunFailedError:
     kept = "everything finished before is kept; make room and run the same command again"
     fix = kept if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
@@ -120,13 +135,13 @@ def _cannot(verb: str, path: Path, error: OSError) -> RunFailedError:
 
 
 def _read(path: Path) -> tuple[list[dict[str, Any]], int]:
-    """Entries of the file, and the bytes that they take. A torn last line is not counted."""
+    """Entries of the file, and the bytes that they take. A torn last batch is not counted."""
     try:
         data = path.read_bytes()
     except OSError as error:
         raise _cannot("read", path, error) from error
     logs: list[dict[str, Any]] = []
-    size = 0
+    size = whole = end = 0
     lines = data.splitlines(keepends=True)
     for number, line in enumerate(lines, start=1):
         log = _entry(line)
@@ -141,7 +156,9 @@ def _read(path: Path) -> tuple[list[dict[str, Any]], int]:
             )
         logs.append(log)
         size += len(line)
-    return logs, size
+        if END in log:
+            whole, end = len(logs), size
+    return (logs[:whole], end) if whole else (logs, size)  # no marks: written by Optuna, or cut in its first batch
 
 
 def _entry(line: bytes) -> dict[str, Any] | None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ from recipefuzz.errors import InputError, Place, did_you_mean
 from recipefuzz.recipe import AXES, Recipe, Scalar
 from recipefuzz.report.tables import VERDICT_COLUMNS, verdicts_frame
 from recipefuzz.result import Phase, TrialResult
-from recipefuzz.search import Listener, Silent, as_config, to_result
+from recipefuzz.searching import Listener, Silent, as_config, to_result
 from recipefuzz.targets.resolve import resolve
 from recipefuzz.targets.task import Task
 
@@ -53,22 +55,39 @@ def read_table(path: Path) -> pd.DataFrame:
     """A CSV as text: "none" and "nan" are words here, and an empty cell is an empty string.
 
     Raises:
-        InputError: no such file, not UTF-8, rows of different lengths, no rows.
+        InputError: no such file, not UTF-8, a column twice, rows of different lengths, no rows.
     """
+    header, *rows = _read_rows(path)
+    if not rows:
+        raise InputError("no recipes", place=Place(str(path)), expected="at least one row below the header")
+    twice = [name for name, count in Counter(header).items() if count > 1]
+    if twice:
+        raise InputError(f"the column {twice[0]!r} stands twice", place=Place(str(path), 1))
+    for line, row in enumerate(rows, start=2):
+        if len(row) != len(header):
+            raise InputError(
+                "a row of another length than the header",
+                place=Place(str(path), line),
+                found=f"{len(row)} cells",
+                expected=f"{len(header)}: {', '.join(header)}",
+            )
+    return pd.DataFrame(rows, columns=header, dtype=str)
+
+
+def _read_rows(path: Path) -> list[list[str]]:
     place = Place(str(path))
     try:
-        table = pd.read_csv(path, dtype=str, keep_default_na=False, encoding="utf-8-sig", skipinitialspace=True)
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            rows = [[cell.strip() for cell in row] for row in csv.reader(file, strict=True) if row]
     except FileNotFoundError as error:
         raise InputError("no such file", place=place, expected="a CSV with a column per axis") from error
-    except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as error:
-        text = str(error).strip().splitlines()[-1]
-        raise InputError(f"not a CSV: {text}", place=place, expected="a header and rows of one length") from error
     except OSError as error:
         raise InputError(f"can't be read: {error.strerror}", place=place) from error
-    table.columns = table.columns.str.strip()
-    if table.empty:
-        raise InputError("no recipes", place=place, expected="at least one row below the header")
-    return table
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise InputError(f"not a CSV: {error}", place=place, expected="a header and rows of one length") from error
+    if not rows:
+        raise InputError("an empty file", place=place, expected="a header that names axes, and a row per recipe")
+    return rows
 
 
 def _axes(table: pd.DataFrame, task: Task, config: Config, place: Place) -> list[str]:

@@ -50,11 +50,19 @@ class AxisRule:
             return self.nullable
         if self.words:
             return value in self.words
-        if isinstance(value, (bool, str)) or not math.isfinite(value):
+        if isinstance(value, (bool, str)) or not is_finite(value):
             return False
         if self.integer and value != int(value):
             return False
         return value > self.low if self.open_low else value >= self.low
+
+
+def is_finite(value: float) -> bool:
+    """Whether a number has a float's range: integers can be too large for one."""
+    try:
+        return math.isfinite(value)
+    except OverflowError:
+        return False
 
 
 AXES: dict[str, AxisRule] = {
@@ -117,8 +125,13 @@ class Recipe:
     @property
     def fingerprint(self) -> str:
         """Twelve hex digits that are equal for equal recipes, on every machine."""
-        text = json.dumps(self.values(), sort_keys=True)
+        text = json.dumps({name: _plain(value) for name, value in self.values().items()}, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def _plain(value: Scalar) -> Scalar:
+    """Equal values in one spelling: 1, 1.0 and true are equal to Python, and so are recipes with them."""
+    return int(value) if isinstance(value, (bool, float)) and is_finite(value) and value == int(value) else value
 
 
 def _checked(name: str, value: Scalar) -> Scalar:

@@ -12,7 +12,8 @@ import numpy as np
 
 from recipefuzz.recipe import Recipe, Scalar
 from recipefuzz.trace import Trace
-from recipefuzz.verdict import Budget, Label, Verdict, skill_at_end
+from recipefuzz.evidence import skill_at_end
+from recipefuzz.verdict import Budget, Label, Verdict
 
 CURVE_POINTS = 32  # of the loss curve that is kept: enough for a sparkline
 

@@ -8,13 +8,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from recipefuzz.atomic import write_atomically
 from recipefuzz.config import Config, load_config
 from recipefuzz.errors import InputError, Place, RunFailedError
-from recipefuzz.journal import is_locked
+from recipefuzz.journal import at_work, is_locked
 from recipefuzz.result import TrialResult
+from recipefuzz.source import write_yaml
 from recipefuzz.store import Store
 
 RUNS = Path("runs")
@@ -95,7 +94,7 @@ class RunFolder:
         try:
             if old := store.meta():
                 self._compare(old, identity(config, code))
-            write_atomically(self.config, to_yaml(config.resolved() | {"run": self._placed(config)}))
+            write_atomically(self.config, write_yaml(config.resolved() | {"run": self._placed(config)}))
         except BaseException:
             store.close()
             raise
@@ -117,17 +116,22 @@ class RunFolder:
     def _put_aside(self) -> None:
         if not self.path.exists():
             return
-        Store(self.journal, write=True).close()  # refuses while another process is at work
+        if self.journal.exists() and self.is_held():  # its entries don't matter: a damaged run is put aside, too
+            raise at_work(self.path)
         number = 1
         while (aside := self.path.with_name(f"{self.path.name}.old-{number}")).exists():
             number += 1
-        self.path.rename(aside)
+        try:
+            self.path.rename(aside)
+        except OSError as error:
+            problem = f"can't put the old run aside: {error.strerror}"
+            raise RunFailedError(problem, place=Place(str(self.path))) from error
 
     def _compare(self, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
         if old == new:
             return
         lines = difflib.unified_diff(
-            to_yaml(old).splitlines(), to_yaml(new).splitlines(), "this run", "now", lineterm="", n=1
+            write_yaml(old).splitlines(), write_yaml(new).splitlines(), "this run", "now", lineterm="", n=1
         )
         raise InputError(
             "this run was made with another config or other code",
@@ -148,7 +152,3 @@ def identity(config: Config, code: Mapping[str, str]) -> dict[str, Any]:
 
 def fingerprints(files: list[Path]) -> dict[str, str]:
     return {file.name: hashlib.sha256(file.read_bytes()).hexdigest()[:12] for file in files}
-
-
-def to_yaml(values: Mapping[str, Any]) -> str:
-    return yaml.safe_dump(dict(values), sort_keys=False, default_flow_style=None, width=100)

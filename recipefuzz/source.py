@@ -14,19 +14,30 @@ from recipefuzz.errors import InputError, Place
 
 KeyPath = tuple[str | int, ...]
 MAX_NODES = 100_000  # a config has tens; aliases of aliases ("billion laughs") have more than fit in memory
+MAX_DEPTH = 100  # and an alias to what contains it has no end
 
 
 class _Loader(yaml.SafeLoader):
     """PyYAML's safe loader, with `1e-5` read as a number as in YAML 1.2, and no dates."""
 
 
-_Loader.yaml_implicit_resolvers = {
-    first: [(tag, rule) for tag, rule in rules if tag != "tag:yaml.org,2002:timestamp"]
-    for first, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?\d[\d_]*(?:\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
-)
+class _Dumper(yaml.SafeDumper):
+    """Its inverse: the word "1e5" is quoted, so that it stays a word."""
+
+
+for _resolver in (_Loader, _Dumper):
+    _resolver.yaml_implicit_resolvers = {
+        first: [(tag, rule) for tag, rule in rules if tag != "tag:yaml.org,2002:timestamp"]
+        for first, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+    _resolver.add_implicit_resolver(
+        "tag:yaml.org,2002:float", re.compile(r"^[-+]?\d[\d_]*(?:\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
+    )
+
+
+def write_yaml(values: Mapping[str, Any]) -> str:
+    """YAML that `read_yaml` reads back as it was."""
+    return yaml.dump(dict(values), Dumper=_Dumper, sort_keys=False, default_flow_style=None, width=100)
 
 
 @dataclass(frozen=True)
@@ -66,9 +77,13 @@ def read_yaml(path: Path) -> tuple[dict[str, Any], Source]:
         shown = mark.get_snippet(indent=0) if mark else None
         problem = f"not YAML: {error.problem or error.context}"
         fix = "close brackets and quotes; indent with spaces; put a space after each colon"
+        if isinstance(error, yaml.constructor.ConstructorError):
+            problem, fix = f"not plain data: {error.problem}", "leave the !tag out; a key is a word"
         raise InputError(problem, place=where, fix=fix, detail=shown or "") from error
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
+    except (yaml.YAMLError, RecursionError) as error:
         raise InputError(f"not YAML: {str(error).splitlines()[0]}", place=Place(str(path))) from error
+    except (ValueError, LookupError, AttributeError) as error:  # PyYAML on `!!bool maybe`, `!!timestamp soon`
+        raise InputError("not plain data: a value does not fit its !!tag", place=Place(str(path))) from error
     if not isinstance(data, dict):
         raise InputError(
             "not a config",
@@ -97,6 +112,8 @@ def _lines(root: yaml.Node, file: str) -> dict[KeyPath, int]:
     waiting: list[tuple[KeyPath, yaml.Node]] = [((), root)]
     while waiting:
         path, node = waiting.pop()
+        if len(path) > MAX_DEPTH:
+            raise InputError(f"nested more than {MAX_DEPTH} deep", place=Place(file, node.start_mark.line + 1))
         for key, child, line in _children(node, path, file):
             lines[(*path, key)] = line
             waiting.append(((*path, key), child))

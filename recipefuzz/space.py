@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from decimal import Decimal
 
 from recipefuzz.recipe import Scalar
 
@@ -34,7 +35,7 @@ class Range:
         if self.high == self.low:
             return 0.0
         if self.log:
-            return math.log(value / self.low) / math.log(self.high / self.low)
+            return (math.log(value) - math.log(self.low)) / (math.log(self.high) - math.log(self.low))
         return (value - self.low) / (self.high - self.low)
 
     def distance(self, a: Scalar, b: Scalar) -> float:
@@ -45,20 +46,27 @@ class Range:
 
     def grid(self, points: int) -> tuple[Scalar, ...]:
         """Evenly spaced values, ends included; every value of a stepped range with no more than `points`."""
-        step = self.step or (1.0 if self.integer else None)
+        at = [i / (points - 1) for i in range(points)] if points > 1 else [0.0]
+        step = self.step or (1 if self.integer else None)
         if step is not None and not self.log:
-            count = round((self.high - self.low) // step) + 1
-            every = max(1, math.ceil(count / points))
-            values = [self.low + step * i for i in range(0, count, every)]
-        else:
-            at = [i / (points - 1) for i in range(points)] if points > 1 else [0.0]
-            values = [self._value(p) for p in at]
+            return self._stepped(at, step)
+        values = [self._value(p) for p in at]
         return tuple(dict.fromkeys(round(v) if self.integer else float(v) for v in values))
+
+    def _stepped(self, at: list[float], step: float) -> tuple[Scalar, ...]:
+        """Counted in decimals, where 0.1 goes into 1 ten times (in floats: nine) and three of them are 0.3."""
+        low, high, by = (Decimal(str(v)) for v in (self.low, self.high, step))
+        last = int((high - low) // by)
+        numbers = [round(p * last) for p in at] if last >= len(at) else range(last + 1)
+        values = (low + by * n for n in numbers)
+        return tuple(round(v) if self.integer else float(v) for v in values)
 
     def _value(self, position: float) -> float:
         if self.log:
-            return min(self.high, self.low * (self.high / self.low) ** position)
-        return self.low + position * (self.high - self.low)
+            value = self.low * math.pow(self.high / self.low, position)
+        else:
+            value = self.low + position * (self.high - self.low)
+        return min(self.high, value) if position < 1 else self.high  # rounding may lead past the end
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -33,7 +34,7 @@ from recipefuzz.errors import InputError, Place
 from recipefuzz.journal import Journal
 from recipefuzz.recipe import Scalar
 from recipefuzz.result import Phase, TrialResult
-from recipefuzz.space import Axis, Choice, Space
+from recipefuzz.space import Axis, Choice, Range, Space
 from recipefuzz.verdict import Label
 
 RESULT, ELAPSED, META = "result", "elapsed", "recipefuzz"
@@ -67,6 +68,7 @@ class Store:
             self._storage = optuna.storages.JournalStorage(cast("BaseJournalBackend", self._journal))
             self._studies = {s.study_name: s for s in self._storage.get_all_studies()}
         except Exception as error:
+            self._journal.close()
             raise InputError(
                 f"the run's journal can't be replayed ({type(error).__name__}: {error})",
                 place=Place(str(path)),
@@ -131,13 +133,7 @@ class StudySearch:
 
     @property
     def total(self) -> int:
-        """Trials that the search will have in all: fewer than asked for where a grid has no more points."""
-        if self._search.sampler != "grid":
-            return self._search.trials
-        points = 1
-        for _, axis in self._space.axes:
-            points *= len(axis.grid(self._search.grid_points))
-        return min(self._search.trials, points)
+        return total(self._search, self._space)
 
     def refill(self, *, stop: bool = False) -> list[Asked]:
         """Tell what is due, ask what that frees; return the trials to run now.
@@ -169,9 +165,9 @@ class StudySearch:
         return asked
 
     def _suggest(self, number: int, trial_of: Callable[[], optuna.Trial]) -> Asked:
-        self._study.sampler = sampler(self._search, self._space, number)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # experimental samplers, and samplers that take choices one by one
+            self._study.sampler = sampler(self._search, self._space, number)
             trial = trial_of()
             for name, axis in self._distributions.items():
                 trial._suggest(name, axis)  # noqa: SLF001 - what ask(fixed_distributions) does
@@ -223,6 +219,13 @@ class StudySearch:
         return search + _results(self._confirm.get_trials(deepcopy=False))
 
 
+def total(search: SearchConfig, space: Space) -> int:
+    """Trials that the search will have in all: fewer than asked for where a grid has no more points."""
+    if search.sampler != "grid":
+        return search.trials
+    return min(search.trials, math.prod(len(axis.grid(search.grid_points)) for _, axis in space.axes))
+
+
 def objective(result: TrialResult) -> tuple[float, float]:
     """What the sampler is told: a value to minimize, and by how much the recipe failed (0 or less: it did not).
 
@@ -243,8 +246,13 @@ def distribution(axis: Axis) -> BaseDistribution:
         return CategoricalDistribution(axis.options)
     if axis.integer:
         step = int(axis.step) if axis.step is not None else 1
-        return IntDistribution(int(axis.low), int(axis.high), log=axis.log, step=step)
-    return FloatDistribution(axis.low, axis.high, log=axis.log, step=axis.step)
+        return IntDistribution(int(axis.low), int(_last(axis)), log=axis.log, step=step)
+    return FloatDistribution(axis.low, _last(axis), log=axis.log, step=axis.step)
+
+
+def _last(axis: Range) -> float:
+    """The largest value: below `high` where the steps do not end there, of which Optuna would warn."""
+    return axis.high if axis.step is None else float(axis.grid(2)[-1])  # type: ignore[arg-type]
 
 
 def sampler(search: SearchConfig, space: Space, number: int) -> BaseSampler:
@@ -264,7 +272,7 @@ def sampler(search: SearchConfig, space: Space, number: int) -> BaseSampler:
             seed=search.seed, scramble=True, independent_sampler=plain, warn_independent_sampling=False
         )
     grid = {name: list(axis.grid(search.grid_points)) for name, axis in space.axes}
-    return optuna.samplers.GridSampler(grid, seed=seed)
+    return optuna.samplers.GridSampler(grid, seed=search.seed)  # it shuffles the grid: one order for all trials
 
 
 def _mix(seed: int, number: int) -> int:

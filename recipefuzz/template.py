@@ -5,11 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 from recipefuzz.atomic import write_atomically
+from recipefuzz.config import study_name
 from recipefuzz.errors import InputError, Place
+from recipefuzz.source import write_yaml
 
 CONFIG = """\
 # recipefuzz study. Run it with: recipefuzz search {file}
-study: {study}
+{study}
 
 target:
   data: {data}        # built-in (digits, breast_cancer, wine, diabetes, text, adding) or module:function
@@ -65,7 +67,8 @@ def write_template(path: Path, model: str, data: str, loss: str) -> list[str]:
         raise InputError("the file exists", place=Place(str(path)), fix="give another name: recipefuzz init NAME.yaml")
     if not path.parent.is_dir():
         raise InputError("no such folder", place=Place(str(path.parent)))
-    names = {"file": path, "study": path.stem, "data": data, "model": model, "loss": loss}
+    study = write_yaml({"study": study_name(path)}).strip()
+    names = {"file": path, "study": study, "data": data, "model": model, "loss": loss}
     write_atomically(path, CONFIG.format(**names))
     lines = [f"wrote {path}"]
     module = path.parent / "my_model.py"

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 Floats = NDArray[np.float64]
-COLUMNS = ("loss", "constant", "grad_norm", "update_norm", "weight_change", "weight_norm")
+COLUMNS = ("loss", "constant", "grad_norm", "update_norm", "weight_change", "weight_norm", "param_norm")
 
 
 def _empty() -> Floats:
@@ -29,6 +29,7 @@ class Trace:
         weight_change: the same of the weights alone, the parameters with two or more dimensions; (steps,).
         weight_norm: L2 norm of the weights before the step; shape (steps,). Gains of normalization layers are
             kept out of it: beside small weights they would hide how far these move.
+        param_norm: L2 norm of all parameters before the step; shape (steps,).
         heldout: (steps done, held-out loss in eval mode), at evaluations.
         first_bad: the step, counted from 1, at which the loss, the gradient or a parameter was first not
             finite; None if none was. The arrays end with that step.
@@ -41,6 +42,7 @@ class Trace:
     update_norm: Floats = field(default_factory=_empty)
     weight_change: Floats = field(default_factory=_empty)
     weight_norm: Floats = field(default_factory=_empty)
+    param_norm: Floats = field(default_factory=_empty)
     heldout: tuple[tuple[int, float], ...] = ()
     first_bad: int | None = None
     steps_run: int = 0
@@ -62,7 +64,7 @@ class Trace:
         """This trace with a chunk of steps added.
 
         Args:
-            chunk: shape (steps, 7): the arrays in the order of `COLUMNS`, and whether (not 0) something was not
+            chunk: shape (steps, 8): the arrays in the order of `COLUMNS`, and whether (not 0) something was not
                 finite. Steps after the first such one are paid for and dropped: they train on rubbish.
         """
         bad = chunk[:, len(COLUMNS)] != 0

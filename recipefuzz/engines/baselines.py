@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+from torch import Tensor
 
 from recipefuzz.engines import prepare
 from recipefuzz.recipe import Recipe
@@ -15,12 +18,13 @@ class Baselines:
     """Best constant predictions for a task's training targets, by the recipe's scaling of them.
 
     A user's loss may depend on the batch size and is minimized over outputs shaped like the model's, so there
-    a model is built and called once, apart from every trial.
+    a model is built and called, apart from every trial, for each setting of the factory's own axes.
     """
 
     def __init__(self, task: Task, device: torch.device) -> None:
         self._task, self._device = task, device
-        self._known: dict[tuple[str, int], Constant] = {}
+        self._outputs: dict[tuple[Any, ...], Any] = {}
+        self._known: dict[tuple[Any, ...], Constant] = {}
 
     def of(self, recipe: Recipe) -> Constant:
         """The constant for a recipe, on the device.
@@ -28,19 +32,24 @@ class Baselines:
         Raises:
             ValueError: a user's loss gives no finite value for any constant output.
         """
-        custom = self._task.loss_kind == "custom"
-        key = (recipe.target_norm, recipe.batch_size if custom else 0)
+        output: Any = None
+        key: tuple[Any, ...] = (recipe.target_norm,)
+        if self._task.loss_kind == "custom":
+            output = self._output(recipe)
+            key = (recipe.target_norm, recipe.batch_size, getattr(output, "shape", None))
         if key not in self._known:
-            self._known[key] = self._find(recipe, custom).to(self._device)
+            with seeded(0):
+                train_rows, _ = prepare.rows_for(self._task, recipe)
+                self._known[key] = best_constant(self._task, train_rows, recipe.batch_size, output).to(self._device)
         return self._known[key]
 
-    def _find(self, recipe: Recipe, custom: bool) -> Constant:
-        cpu = torch.device("cpu")
-        with seeded(0):
-            train_rows, _ = prepare.rows_for(self._task, recipe)
-            output = None
-            if custom:
-                model = prepare.build_model(self._task, recipe, cpu).eval()
-                with torch.no_grad():
-                    output = model(train_rows.take(some_rows(train_rows, recipe.batch_size))[0])
-            return best_constant(self._task, train_rows, recipe.batch_size, output)
+    def _output(self, recipe: Recipe) -> Any:
+        """What the model gives for a batch; of a tensor only shape and type, without its memory."""
+        key = (recipe.extra, recipe.batch_size)
+        if key not in self._outputs:
+            rows = self._task.train
+            with seeded(0), torch.no_grad():
+                model = prepare.build_model(self._task, recipe, torch.device("cpu")).eval()
+                output = model(rows.take(some_rows(rows, recipe.batch_size))[0])
+            self._outputs[key] = output.new_zeros(()).expand(output.shape) if isinstance(output, Tensor) else output
+        return self._outputs[key]

@@ -29,7 +29,8 @@ def build_model(task: Task, recipe: Recipe, device: torch.device) -> nn.Module:
     a trial starts from the same numbers everywhere.
 
     Raises:
-        ValueError: `norm` asks for layers and the model neither takes `norm` nor has any to replace.
+        ValueError: the factory makes no module; `norm` asks for layers and the model neither takes `norm` nor has
+            any to replace.
     """
     model = _call_factory(task, recipe)
     with torch.no_grad():
@@ -45,7 +46,8 @@ def _call_factory(task: Task, recipe: Recipe) -> nn.Module:
         extra["norm"] = recipe.norm
     model = task.build(**extra)
     if not isinstance(model, nn.Module):
-        raise TypeError(f"the model factory returned a {type(model).__name__}, not a torch.nn.Module")
+        what = "None (is a `return` missing?)" if model is None else f"a {type(model).__name__}"
+        raise ValueError(f"the model factory returned {what}, not a torch.nn.Module")
     if any(is_lazy(p) for p in model.parameters()):  # lazy layers get their shapes from a first batch
         with torch.no_grad():
             model(task.train.take(torch.arange(min(2, len(task.train))))[0])

@@ -1,4 +1,4 @@
-"""What is recorded of each training step, without reading the device: five numbers and a flag."""
+"""What is recorded of each training step, without reading the device: six numbers and a flag."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Recorder:
             self._reduce()
 
     def take(self) -> Tensor:
-        """All steps since: loss, norms of gradient, update, weights' change, weights, and bad?; (steps, 6)."""
+        """All steps since: loss; norms of gradient, update, weights' change, weights, parameters; bad?: (steps, 7)."""
         self._reduce()
         rows = torch.cat(self._reduced)
         self._reduced.clear()
@@ -59,7 +59,7 @@ class Recorder:
         loss = torch.stack(self._losses).reshape(-1).float()
         gradient = torch.stack(self._gradients).float()
         bad = ~(torch.isfinite(loss) & torch.isfinite(after).all(1)) | torch.isnan(gradient)
-        norms = [change.norm(dim=1), change[:, some].norm(dim=1), before[:, some].norm(dim=1)]
+        norms = [v.norm(dim=1) for v in (change, change[:, some], before[:, some], before)]
         columns = [loss, gradient, *norms, bad]
         self._reduced.append(torch.stack([c.float() for c in columns], dim=1))
         self._snapshots = self._snapshots[-1:]

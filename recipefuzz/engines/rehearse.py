@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from recipefuzz.config import Config
 from recipefuzz.engines import prepare
 from recipefuzz.engines.baselines import Baselines
-from recipefuzz.errors import PACKAGE, InputError, RecipefuzzError, did_you_mean, user_traceback
+from recipefuzz.errors import PACKAGE, InputError, Place, RecipefuzzError, did_you_mean, user_traceback
 from recipefuzz.recipe import AXES, Recipe
 from recipefuzz.targets.seeding import seeded
-from recipefuzz.targets.task import Task, TensorRows, some_rows
+from recipefuzz.targets.task import Rows, Task, TensorRows, some_rows
 
 T = TypeVar("T")
 IGNORED = -100  # torch's ignore_index: a position that has no label
@@ -33,7 +33,7 @@ def rehearse(task: Task, config: Config, recipe: Recipe | None = None) -> float:
     _check_axes(task, config, recipe)
     cpu = torch.device("cpu")
     with seeded(config.trial.seed):
-        train, _ = _guarded(lambda: prepare.rows_for(task, recipe), config, "recipe", "scaling the data")
+        train, _ = _guarded(lambda: _scaled_rows(task, config, recipe), config, "target.data", "scaling the data")
         model = _guarded(lambda: prepare.build_model(task, recipe, cpu), config, "target.model", "building the model")
         _check_model(model, config)
         x, y = train.take(some_rows(train, min(recipe.batch_size, 64)))
@@ -68,6 +68,21 @@ def _guarded(call: Callable[[], T], config: Config, key: str, what: str) -> T:
         raise InputError(problem, place=place, detail=user_traceback(error)) from error
 
 
+def _scaled_rows(task: Task, config: Config, recipe: Recipe) -> tuple[Rows, Rows]:
+    try:
+        return prepare.rows_for(task, recipe)
+    except ValueError as error:
+        if not _is_ours(error):
+            raise
+        axis, _, problem = str(error).partition(": ")
+        fix = "leave it at none: only numbers can be scaled, and token ids and class labels are names"
+        raise InputError(problem, place=_axis_place(config, axis), fix=fix) from error
+
+
+def _axis_place(config: Config, axis: str) -> Place:
+    return config.source.place("recipe" if axis in config.recipe else "space", axis)
+
+
 def _is_ours(error: BaseException) -> bool:
     """Whether the exception was raised by recipefuzz itself: its message is then all there is to say."""
     *_, (frame, _) = traceback.walk_tb(error.__traceback__)
@@ -76,26 +91,26 @@ def _is_ours(error: BaseException) -> bool:
 
 def _check_axes(task: Task, config: Config, recipe: Recipe) -> None:
     """Every axis beyond the known ones must be an argument of the model factory."""
-    section = dict.fromkeys(config.axes.names, "space") | dict.fromkeys(config.recipe, "recipe")
     for name, _ in recipe.extra:
         if task.takes is not None and name not in task.takes:
             known = sorted({*AXES, *task.takes})
             raise InputError(
                 f"nothing takes the axis {name!r}",
-                place=config.source.place(section[name], name),
+                place=_axis_place(config, name),
                 expected=f"an axis of recipefuzz, or an argument of the model factory {config.target.model}"
                 f" ({', '.join(sorted(task.takes)) or 'it takes none'})",
                 fix=did_you_mean(name, known),
             )
         if name in config.target.model_args:
-            place = config.source.place(section[name], name)
-            raise InputError(f"{name} is an axis and stands in target.model_args", place=place, fix="keep one of them")
+            problem = f"{name} is an axis and stands in target.model_args"
+            raise InputError(problem, place=_axis_place(config, name), fix="keep one of them")
 
 
 def _check_model(model: nn.Module, config: Config) -> None:
     place = config.source.place("target", "model")
     if not prepare.trainable(model):
-        raise InputError("the model has no parameters to train", place=place, found=model)
+        expected = "parameters with requires_grad"
+        raise InputError("the model has no parameters to train", place=place, found=model, expected=expected)
 
 
 def _check_labels(task: Task, output: Any, config: Config) -> None:
@@ -109,13 +124,14 @@ def _check_labels(task: Task, output: Any, config: Config) -> None:
             expected="(batch, classes, ...)",
         )
     for rows, name in ((task.train, "y_train"), (task.test, "y_test")):
-        y = rows.y if isinstance(rows, TensorRows) else rows.take(some_rows(rows, 10_000))[1]
-        if y.is_floating_point():
+        index = some_rows(rows, len(rows) if isinstance(rows, TensorRows) else 10_000)
+        y = rows.y if isinstance(rows, TensorRows) else rows.take(index)[1]
+        if not isinstance(y, Tensor) or y.is_floating_point():
             continue
         classes = output.shape[-1] if output.shape[1:-1] == y.shape[1:] else output.shape[1]
         wrong = ((y < 0) & (y != IGNORED)) | (y >= classes)
         if bool(wrong.any()):
-            row = int(wrong.nonzero()[0][0])
+            row = int(index[wrong.nonzero()[0][0]])
             raise InputError(
                 f"a label outside the model's {classes} classes",
                 place=place,

@@ -24,7 +24,7 @@ from recipefuzz.engines.recorder import Recorder
 from recipefuzz.errors import describe_exception
 from recipefuzz.recipe import Recipe
 from recipefuzz.targets.baseline import Constant
-from recipefuzz.targets.seeding import seeded
+from recipefuzz.targets.seeding import seeded, undisturbed
 from recipefuzz.targets.task import Loss, Rows, Task, some_rows
 from recipefuzz.trace import Floats, Trace
 from recipefuzz.verdict import Budget, judge
@@ -112,7 +112,8 @@ def _chunk(task: Task, stepper: Stepper, rows: Rows, batches: Tensor, constant: 
         x, y = rows.take(batch)
         stepper.step(x, y)
         if known is None:
-            constants.append(constant.of_targets(task, y).float())
+            with undisturbed(batches.device):
+                constants.append(constant.of_targets(task, y, len(batch)).float())
     numbers = stepper.recorder.take()
     column = (torch.stack(constants) if known is None else known)[:, None].to(numbers.device)
     return torch.cat([numbers[:, :1], column, numbers[:, 1:]], dim=1).cpu().numpy().astype(np.float64)

@@ -10,6 +10,7 @@ from recipefuzz.ranking import candidates, rank
 from recipefuzz.report.picture import COLORS, outcome, shown
 from recipefuzz.result import Phase, TrialResult
 from recipefuzz.run_folder import RunFolder
+from recipefuzz.store import total
 
 
 def status_lines(folder: RunFolder) -> Iterator[str]:
@@ -18,7 +19,7 @@ def status_lines(folder: RunFolder) -> Iterator[str]:
     searched = [r for r in results if r.phase is Phase.SEARCH]
     confirming = [r for r in results if r.phase is Phase.CONFIRM]
     yield f"{config.study}: {_state(folder, config, searched, confirming)}"
-    yield f"  search   {len(searched)} of {config.search.trials} trials: {_counts(searched)}"
+    yield f"  search   {len(searched)} of {total(config.search, config.axes)} trials: {_counts(searched)}"
     yield f"  confirm  {len(confirming)} of {_wanted(config, searched)} runs: {_counts(confirming)}"
     elapsed = folder.seconds()
     if searched and elapsed > 0:
@@ -33,9 +34,11 @@ def status_lines(folder: RunFolder) -> Iterator[str]:
 def _state(folder: RunFolder, config: Config, searched: list[TrialResult], confirming: list[TrialResult]) -> str:
     if folder.is_held():
         return "running"
-    left = config.search.trials - len(searched)
-    if left > 0 and not confirming:
-        return f"stopped; {left} trials are left: recipefuzz search {folder.config}"
+    trials, runs = total(config.search, config.axes) - len(searched), _wanted(config, searched) - len(confirming)
+    if trials > 0 and not confirming:  # once it confirms, the search was over, perhaps by its time
+        return f"stopped; {trials} trials are left: recipefuzz search {folder.config}"
+    if runs > 0:
+        return f"stopped; {runs} confirming runs are left: recipefuzz search {folder.config}"
     return "done"
 
 

@@ -43,8 +43,14 @@ ERROR = "error"  # in the verdict column, of a trial that could not be run; its 
 def trials_frame(results: Iterable[TrialResult], axes: Sequence[str]) -> pd.DataFrame:
     """One row a finished trial: number, phase, seed, a column per axis, then what came of it."""
     columns = ["trial", "phase", "seed", *axes, *TRIAL_COLUMNS, *TRIAL_TAIL]
-    frame = pd.DataFrame([_trial_row(r, axes) for r in results], columns=columns)
-    return frame.astype({"first_bad": "Int64"})
+    frame = pd.DataFrame([_trial_row(r, axes) for r in results], columns=columns, dtype=object)
+    return _typed(frame, axes).astype({"first_bad": "Int64"})
+
+
+def _typed(frame: pd.DataFrame, axes: Sequence[str]) -> pd.DataFrame:
+    """Give columns their own types, but for axes of integers and nulls: pandas would make 16 into 16.0."""
+    mixed = [a for a in axes if int in (types := set(map(type, frame[a]))) and len(types) > 1]
+    return frame.astype({c: dtype for c, dtype in frame.infer_objects().dtypes.items() if c not in mixed})
 
 
 def _trial_row(result: TrialResult, axes: Sequence[str]) -> dict[str, object]:
@@ -63,7 +69,7 @@ def ranking_frame(ranking: Sequence[Ranked], axes: Sequence[str]) -> pd.DataFram
         | {"pass_low": round(row.low, 4), "pass_high": round(row.high, 4), "score": row.trial.score}
         for rank, row in enumerate(ranking, start=1)
     ]
-    return pd.DataFrame(rows, columns=["rank", "trial", *axes, *RANKING_COLUMNS])
+    return _typed(pd.DataFrame(rows, columns=["rank", "trial", *axes, *RANKING_COLUMNS], dtype=object), axes)
 
 
 def failures_frame(buckets: Sequence[Bucket]) -> pd.DataFrame:

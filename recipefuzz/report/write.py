@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-import yaml
-
 from recipefuzz.atomic import write_atomically
 from recipefuzz.config import Config
 from recipefuzz.ranking import Ranked
 from recipefuzz.report.failures import buckets
 from recipefuzz.report.tables import failures_frame, ranking_frame, trials_frame, write_csv
 from recipefuzz.result import TrialResult
+from recipefuzz.source import write_yaml
 
 
 def write_reports(
@@ -44,4 +43,4 @@ def winner_yaml(row: Ranked, config: Config) -> str:
         f"{row.passed} of {row.runs} confirming runs converged, skill {row.skill:.3g}\n"
     )
     values = {name: row.trial.values[name] for name in config.axis_names}
-    return head + yaml.safe_dump({"recipe": values}, sort_keys=False)
+    return head + write_yaml({"recipe": values})

@@ -7,6 +7,7 @@ label frequencies for a cross-entropy, the variance for a squared error. A model
 from __future__ import annotations
 
 import contextlib
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +20,8 @@ from recipefuzz.targets.task import Rows, Task, TensorRows, some_rows
 ROWS = 1024  # targets used for a user's loss: the entropy of C classes is then right to about C / 2048 nats
 STARTS = (0.0, 0.5)  # 0.5 for losses of probabilities, which are singular at 0
 ITERATIONS = 25  # of L-BFGS on a few numbers: convex losses are done in 10 to 20
+ROUNDS = 8  # at most, from the best point so far: a line search can get stuck where a density is nearly singular
+GAIN = 1e-6  # of the loss, under which a round is the last
 IGNORED = -100  # torch's ignore_index: a position that has no label
 
 
@@ -44,13 +47,12 @@ class Constant:
         """Loss on each of many batches, (steps, batch) -> (steps,), on the device; None if it needs targets."""
         return None if self.per_row is None else self.per_row[index].mean(-1)
 
-    def of_targets(self, task: Task, target: Any) -> Tensor:
-        """Loss on one batch, a scalar on the device."""
+    def of_targets(self, task: Task, target: Any, rows: int) -> Tensor:
+        """Loss on one batch of so many rows, a scalar on the device."""
         if self.output is None:
             return torch.tensor(self.loss)
-        rows = len(target) if isinstance(target, Tensor) else len(self.output)
         with torch.no_grad():
-            return task.loss(self.output.expand(rows, *self.output.shape[1:]), target)
+            return task.loss(self.output.expand(rows, *self.output.shape[1:]), target).reshape(())
 
 
 def best_constant(task: Task, rows: Rows, batch_size: int, output: Any) -> Constant:
@@ -68,31 +70,33 @@ def best_constant(task: Task, rows: Rows, batch_size: int, output: Any) -> Const
         return _minimized(task, rows, batch_size, output)
     targets = rows.y if isinstance(rows, TensorRows) else rows.take(some_rows(rows, 10 * ROWS))[1]
     losses = {"cross_entropy": _cross_entropy, "bce": _bce, "mse": _mse}[task.loss_kind](targets)
-    whole = isinstance(rows, TensorRows) and not bool((targets == IGNORED).any())
-    return Constant(float(losses.nanmean()), losses.float() if whole else None)
+    whole = isinstance(rows, TensorRows) and not bool(losses.isnan().any())
+    return Constant(float(losses.nanmean()), losses.flatten(1).mean(1).float() if whole else None)
 
 
 def _cross_entropy(targets: Tensor) -> Tensor:
-    """Loss of the label frequencies, per row; NaN for a row without any label."""
+    """Loss of the label frequencies, (N, positions); NaN where there is no label."""
     if targets.is_floating_point():  # class probabilities, (N, C, ...)
-        share = targets.double().transpose(0, 1).flatten(1).mean(1)
-        bits = -targets.double().transpose(1, -1) * share.clamp_min(torch.finfo(torch.double).tiny).log()
-        return bits.sum(-1).flatten(1).mean(1) if targets.dim() > 2 else bits.sum(-1)
+        shares = targets.double().flatten(2) if targets.dim() > 2 else targets.double()[..., None]
+        share = shares.mean((0, 2), keepdim=True)
+        return -shares.xlogy(share).sum(1)
     labelled = targets != IGNORED
     count = torch.bincount(targets[labelled].flatten()).double()
     losses = -(count / count.sum()).log()[targets.clamp_min(0)]
-    return torch.where(labelled, losses, torch.nan).flatten(1).nanmean(1) if targets.dim() > 1 else losses
+    return torch.where(labelled, losses, torch.nan).reshape(len(targets), -1)
 
 
 def _bce(targets: Tensor) -> Tensor:
-    share = targets.double().mean(0, keepdim=True).expand(targets.shape)
-    losses = functional.binary_cross_entropy(share, targets.double(), reduction="none")
-    return losses.flatten(1).mean(1) if targets.dim() > 1 else losses
+    """Loss of the share of ones in each column, (N, columns)."""
+    columns = targets.double().reshape(len(targets), -1)
+    share = columns.mean(0, keepdim=True).expand(columns.shape)
+    return functional.binary_cross_entropy(share, columns, reduction="none")
 
 
 def _mse(targets: Tensor) -> Tensor:
-    losses = (targets.double() - targets.double().mean(0)) ** 2
-    return losses.flatten(1).mean(1) if targets.dim() > 1 else losses
+    """Squared distance from the mean of each column, (N, columns)."""
+    columns = targets.double().reshape(len(targets), -1)
+    return (columns - columns.mean(0)) ** 2
 
 
 def _minimized(task: Task, rows: Rows, batch_size: int, output: Any) -> Constant:
@@ -107,7 +111,7 @@ def _minimized(task: Task, rows: Rows, batch_size: int, output: Any) -> Constant
     whole = min(batch_size, len(index))
     batches = [rows.take(part)[1] for part in index.split(batch_size) if len(part) == whole]
     for start in STARTS:
-        found = [_descend(task, batches, output, torch.full(s, start)) for s in _layouts(output)]
+        found = [_descend(task, batches, whole, output, torch.full(s, start)) for s in _layouts(output)]
         finite = [constant for constant in found if constant is not None]
         if finite:
             return min(finite, key=lambda constant: constant.loss)
@@ -122,25 +126,28 @@ def _layouts(output: Tensor) -> list[list[int]]:
     return shapes
 
 
-def _descend(task: Task, batches: list[Any], output: Tensor, start: Tensor) -> Constant | None:
+def _descend(task: Task, batches: list[Any], rows: int, output: Tensor, start: Tensor) -> Constant | None:
     point = start.to(output.dtype).requires_grad_()
-    optimizer = torch.optim.LBFGS([point], max_iter=ITERATIONS, line_search_fn="strong_wolfe")
-    best: list[Constant] = []
+    best: list[tuple[float, Tensor]] = []
 
     def closure() -> Tensor:
-        optimizer.zero_grad()
-        losses = []
-        for y in batches:
-            rows = len(y) if isinstance(y, Tensor) else len(output)
-            losses.append(task.loss(point.expand(rows, *output.shape[1:]), y))
-        loss = torch.stack(losses).mean()
+        point.grad = None
+        loss = torch.stack([task.loss(point.expand(rows, *output.shape[1:]), y).reshape(()) for y in batches]).mean()
         value = float(loss.detach())
-        if torch.isfinite(loss) and (not best or value < best[-1].loss):
-            best.append(Constant(value, output=point.detach().clone().expand(1, *output.shape[1:])))
+        if not math.isfinite(value):  # outside the loss's domain: a wall, from which the line search turns back
+            return torch.tensor(2 * abs(best[-1][0]) + 1) if best else loss
+        if not best or value < best[-1][0]:
+            best.append((value, point.detach().clone()))
         loss.backward()
         return loss
 
     # a loss may refuse a constant output: no gradient, a shape, an index
     with contextlib.suppress(RuntimeError, ValueError, IndexError):
-        optimizer.step(closure)
-    return best[-1] if best else None
+        for _ in range(ROUNDS):
+            before = best[-1][0] if best else math.inf
+            torch.optim.LBFGS([point], max_iter=ITERATIONS, line_search_fn="strong_wolfe").step(closure)
+            if not best or before - best[-1][0] <= GAIN * abs(best[-1][0]):
+                break
+            with torch.no_grad():
+                point.copy_(best[-1][1])
+    return Constant(best[-1][0], output=best[-1][1].expand(1, *output.shape[1:])) if best else None

@@ -11,7 +11,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from recipefuzz.errors import InputError, Place, did_you_mean, nearest, user_traceback
+from recipefuzz.errors import InputError, Place, did_you_mean, is_users, nearest, user_traceback
 
 
 def load_object(path: str, folder: Path, place: Place) -> Any:
@@ -33,20 +33,21 @@ def load_object(path: str, folder: Path, place: Place) -> Any:
             found=path,
             expected='"module:name", such as "train:build_model"',
         )
-    module = _import(module_name, folder, place)
-    found: Any = module
+    found: Any = _import(module_name, folder, place)
+    seen = module_name
     for part in name.split("."):
+        between = "." if ":" in seen else ":"
         if not hasattr(found, part):
-            public = [n for n in vars(module) if not n.startswith("_")]
+            public = [n for n in dir(found) if not n.startswith("_")]
             near = nearest(part, public)
             raise InputError(
-                f"{module_name} has no {part!r}",
+                f"{seen} has no {part!r}",
                 place=place,
                 found=path,
-                expected=f"a name defined in {getattr(module, '__file__', module_name)}",
-                fix=f"did you mean {module_name}:{near}?" if near else f"it defines: {', '.join(public[:12])}",
+                expected=f"a name defined in {getattr(found, '__file__', seen)}",
+                fix=f"did you mean {seen}{between}{near}?" if near else f"it defines: {', '.join(public[:12])}",
             )
-        found = getattr(found, part)
+        found, seen = getattr(found, part), f"{seen}{between}{part}"
     return found
 
 
@@ -58,47 +59,68 @@ def load_callable(path: str, folder: Path, place: Place) -> Callable[..., Any]:
 
 
 def _import(name: str, folder: Path, place: Place) -> ModuleType:
-    top = name.split(".")[0]
-    if top in sys.stdlib_module_names and PathFinder.find_spec(top, [str(folder)]):
-        raise InputError(
-            f"{top}.py has the name of a module of Python itself",
-            place=place,
-            found=name,
-            fix="rename the file",
-        )
-    _forget_namesake(top, folder)
-    if str(folder) not in sys.path:
-        sys.path.insert(0, str(folder))
+    _refuse_namesake(name.split(".")[0], folder, place)
+    _forget_namesakes(folder)
+    sys.path[:] = [str(folder), *(p for p in sys.path if p != str(folder))]
     importlib.invalidate_caches()
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
         if error.name is None or not (name == error.name or name.startswith(error.name + ".")):
             raise _raised(name, place, error) from error
-        nearby = [p.stem for p in folder.glob("*.py")] + [p.parent.name for p in folder.glob("*/__init__.py")]
+        nearby = _modules_beside(error.name, folder)
+        file = error.name.removesuffix(".py").replace(".", "/")
         raise InputError(
             f"no module named {error.name!r}",
             place=place,
             found=name,
-            expected=f"{error.name}.py or a package beside the config ({folder}), or an installed package",
+            expected=f"{file}.py or a package beside the config ({folder}), or an installed package",
             fix=did_you_mean(error.name, nearby) if nearby else "put the file beside the config",
         ) from error
     except Exception as error:
         raise _raised(name, place, error) from error
 
 
+def _modules_beside(name: str, folder: Path) -> list[str]:
+    """The modules that lie where `name` was looked for: in the config's folder, or in a package there."""
+    *parents, _ = name.split(".")
+    if not (home := folder.joinpath(*parents)).is_dir():
+        parents, home = [], folder
+    stems = [p.stem for p in home.glob("*.py")] + [p.parent.name for p in home.glob("*/__init__.py")]
+    return [".".join([*parents, stem]) for stem in stems if stem != "__init__"]
+
+
 def _raised(name: str, place: Place, error: Exception) -> InputError:
     return InputError(f"importing {name} raised {type(error).__name__}", place=place, detail=user_traceback(error))
 
 
-def _forget_namesake(top: str, folder: Path) -> None:
-    """Drop a module of the same name that came from another folder: every user has a `model.py`."""
-    spec = PathFinder.find_spec(top, [str(folder)])
-    old = sys.modules.get(top)
-    if spec is None or spec.origin is None or old is None or getattr(old, "__file__", None) == spec.origin:
+def _refuse_namesake(top: str, folder: Path, place: Place) -> None:
+    """Refuse a file that would take the place of a module that others use."""
+    if PathFinder.find_spec(top, [str(folder)]) is None:
         return
-    for name in [m for m in sys.modules if m == top or m.startswith(top + ".")]:
+    old = sys.modules.get(top)
+    taken = old is not None and not is_users(_home(old)) and not Path(_home(old)).is_relative_to(folder)
+    if top in sys.stdlib_module_names or taken:
+        kind = "a module of Python itself" if top in sys.stdlib_module_names else "an installed package"
+        raise InputError(f"{top}.py has the name of {kind}", place=place, found=top, fix="rename the file")
+
+
+def _forget_namesakes(folder: Path) -> None:
+    """Drop modules from other folders that have the name of one in this folder: every user has a `model.py`."""
+    here = {p.stem for p in folder.iterdir() if p.suffix == ".py" or p.is_dir()} - {"__main__"}
+    namesakes = [
+        name
+        for name, module in sys.modules.items()
+        if name.split(".")[0] in here and is_users(home := _home(module)) and not Path(home).is_relative_to(folder)
+    ]
+    for name in namesakes:
         del sys.modules[name]
+
+
+def _home(module: ModuleType) -> str:
+    """The module's file; a folder of a package without a file; else a name that is no user's, such as <sys>."""
+    file = getattr(module, "__file__", None)
+    return file or next(iter(getattr(module, "__path__", [])), f"<{module.__name__}>")
 
 
 def keyword_names(function: Callable[..., Any]) -> frozenset[str] | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 from collections.abc import Callable
@@ -35,6 +36,7 @@ def resolve(config: Config) -> Task:
     x, y = train.take(some_rows(train, 2))
     per_position = _per_position(x, y, loss_kind)
     factory = _factory(config, train, y, per_position, x)
+    _check_arguments(factory, config.target.model, config, "model_args")
     build = functools.partial(factory, **config.target.model_args)
     takes = keyword_names(build)
     return Task(
@@ -61,6 +63,7 @@ def user_files(config: Config) -> list[Path]:
 def _load(config: Config) -> tuple[Rows, Rows]:
     place = config.source.place("target", "data")
     loader = _named(config.target.data, DATA, "data set", config.folder, place)
+    _check_arguments(loader, config.target.data, config, "data_args")
     try:
         with seeded(0):
             loaded = loader(**config.target.data_args)
@@ -71,8 +74,26 @@ def _load(config: Config) -> tuple[Rows, Rows]:
         raise InputError(problem, place=place, detail=user_traceback(error)) from error
     train, test = as_rows(loaded, place)
     for rows, name in ((train, "train"), (test, "test")):
-        check_finite(rows, name, place)
+        try:
+            check_finite(rows, name, place)
+        except RecipefuzzError:
+            raise
+        except Exception as error:
+            problem = f"reading the {name} Dataset raised {type(error).__name__}"
+            raise InputError(problem, place=place, detail=user_traceback(error)) from error
     return train, test
+
+
+def _check_arguments(function: Callable[..., Any], name: str, config: Config, section: str) -> None:
+    takes = keyword_names(function)
+    for argument in getattr(config.target, section):
+        if takes is not None and argument not in takes:
+            raise InputError(
+                f"{name} takes no argument {argument!r}",
+                place=config.source.place("target", section, argument),
+                expected=", ".join(sorted(takes)) or "no arguments",
+                fix=did_you_mean(argument, takes) if takes else "",
+            )
 
 
 def _named(name: str, registry: dict[str, Any], kind: str, folder: Path, place: Place) -> Callable[..., Any]:
@@ -132,7 +153,12 @@ def _loss(config: Config, per_position: bool) -> Loss:
         return loss
     if not issubclass(loss, nn.Module):
         raise InputError("a class that is no torch.nn.Module", place=place, found=name)
-    return loss()  # nn.MSELoss and its like: a class to be instantiated
+    try:
+        return loss()  # nn.MSELoss and its like: a class to be instantiated
+    except Exception as error:
+        fix = f"name an instance: loss = {loss.__name__}(...)"
+        problem = f"making a {name} raised {type(error).__name__}"
+        raise InputError(problem, place=place, fix=fix, detail=user_traceback(error)) from error
 
 
 def _takes_norm(build: Callable[..., nn.Module]) -> bool:
@@ -140,8 +166,9 @@ def _takes_norm(build: Callable[..., nn.Module]) -> bool:
     names = keyword_names(build)
     if names is not None:
         return "norm" in names
-    if "norm" in inspect.signature(build).parameters:
-        return True
+    with contextlib.suppress(TypeError, ValueError):  # something that has no signature
+        if "norm" in inspect.signature(build).parameters:
+            return True
     try:
         with seeded(0):
             build(norm="none")
@@ -171,10 +198,12 @@ def _check_targets(train: Rows, loss_kind: str, place: Place) -> None:
             fix="convert the targets with .long(), or use loss: mse for numbers",
         )
     if loss_kind == "bce" and bool(((y < 0) | (y > 1)).any()):
-        raise InputError("bce needs targets of 0 to 1", place=place, found=f"{y.min():g} to {y.max():g}")
+        fix = "rescale the targets in load(), or use loss: mse for numbers"
+        raise InputError("bce needs targets of 0 to 1", place=place, found=f"{y.min():g} to {y.max():g}", fix=fix)
     if torch.equal(y, y[:1].expand_as(y)):
         raise InputError(
             "every training target is the same: there is nothing to learn",
             place=place,
             found=f"y_train is {y[0].tolist()} in all {len(train)} rows",
+            fix="look at load(): was a file that is sorted by class cut in two?",
         )

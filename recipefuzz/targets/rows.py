@@ -38,7 +38,9 @@ def _tensor(values: Any, place: Place) -> Tensor:
     if isinstance(values, Tensor):
         return values.detach()
     try:
-        tensor = torch.as_tensor(np.asarray(values))
+        array = np.asarray(values)
+        # a copy where need be: torch takes no array that is reversed, read-only or of another byte order
+        tensor = torch.as_tensor(np.require(array, array.dtype.newbyteorder("="), ["C", "W"]))
     except (TypeError, ValueError) as error:
         raise InputError(
             f"load() returned something that is no tensor: {error}",
@@ -79,7 +81,8 @@ def _dataset_rows(dataset: Any, name: str, place: Place) -> Rows:
 
 def _some(rows: int, name: str, place: Place) -> None:
     if rows == 0:
-        raise InputError(f"the {name} data have no rows", place=place, expected="at least one row")
+        fix = "look at the split in load()"
+        raise InputError(f"the {name} data have no rows", place=place, expected="at least one row", fix=fix)
 
 
 def check_finite(rows: Rows, name: str, place: Place) -> None:

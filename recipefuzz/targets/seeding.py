@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,7 +30,12 @@ def seeded(seed: int, device: torch.device | None = None) -> Iterator[None]:
             np.random.set_state(arrays)
 
 
-def _forked(device: torch.device | None) -> dict[str, object]:
+def undisturbed(device: torch.device) -> AbstractContextManager[None]:
+    """Run the body, and let torch's random numbers go on as if it had not been run."""
+    return torch.random.fork_rng(**_forked(device))
+
+
+def _forked(device: torch.device | None) -> dict[str, Any]:
     if device is None or device.type not in ("cuda", "mps"):
         return {"devices": []}
     index = device.index if device.index is not None else 0

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sized
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
@@ -57,8 +58,12 @@ class DatasetRows:
         return len(self.dataset)  # type: ignore[arg-type]
 
     def take(self, index: Tensor) -> tuple[Any, Any]:
-        pairs = [self.dataset[i] for i in index.tolist()]
-        x, y = default_collate(pairs)
+        pairs = [tree_map(_single, self.dataset[i]) for i in index.tolist()]
+        columns = default_collate(pairs)
+        if not isinstance(columns, (tuple, list)) or len(columns) != 2:
+            kind = type(pairs[0]).__name__ + (f" of {len(pairs[0])}" if isinstance(pairs[0], Sized) else "")
+            raise ValueError(f"a row of the Dataset is a {kind}, expected a pair: (input, target)")
+        x, y = columns
         return tree_map(self._move, x), tree_map(self._move, y)
 
     def to(self, device: torch.device) -> DatasetRows:
@@ -66,6 +71,13 @@ class DatasetRows:
 
     def _move(self, leaf: Any) -> Any:
         return leaf.to(self.device, non_blocking=True) if isinstance(leaf, Tensor) else leaf
+
+
+def _single(leaf: Any) -> Any:
+    """Python's and numpy's numbers of 64 bits in 32, as models take them; tensors as they are."""
+    if isinstance(leaf, float):
+        return np.float32(leaf)
+    return leaf.astype(np.float32) if isinstance(leaf, np.ndarray) and leaf.dtype == np.float64 else leaf
 
 
 @dataclass(frozen=True)
@@ -111,4 +123,6 @@ class Task:
 def some_rows(rows: Rows, most: int) -> Tensor:
     """Indices, at most `most`, evenly spread over the rows; all of them where there are no more."""
     n = len(rows)
-    return torch.arange(n) if n <= most else torch.linspace(0, n - 1, most).round().long()
+    if n <= most:
+        return torch.arange(n)
+    return torch.linspace(0, n - 1, most, dtype=torch.float64).round().long()  # float32 counts in twos from 2**24

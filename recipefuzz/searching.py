@@ -1,4 +1,8 @@
-"""The plot of the story: ask for recipes, train, judge, tell; then confirm the best on fresh seeds, and rank."""
+"""The plot of the story: ask for recipes, train, judge, tell; then confirm the best on fresh seeds, and rank.
+
+Not `search.py`, as the design has it: a submodule of that name would take the place of the function
+`recipefuzz.search` as soon as anything imports it.
+"""
 
 from __future__ import annotations
 

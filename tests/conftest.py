@@ -1,0 +1,89 @@
+"""What tests share: one thread for torch, and a user's folder with code and a config in it."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING
+
+import pytest
+
+if TYPE_CHECKING:
+    from recipefuzz.config import Config
+
+CASE = '''\
+import torch
+from torch import nn
+
+
+def load():
+    x = torch.randn(48, 3, generator=torch.Generator().manual_seed(0))
+    y = x.sum(1, keepdim=True)
+    return x[:40], y[:40], x[40:], y[40:]
+
+
+def build(width=4):
+    return nn.Sequential(nn.Linear(3, width), nn.Tanh(), nn.Linear(width, 1))
+
+
+def loss(output, target):
+    return ((output - target) ** 2).mean()
+
+
+'''
+
+WriteStudy = Callable[..., "Config"]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> None:
+    """Run torch on one thread: its operations are tiny here, and on a busy machine two threads take longer.
+
+    Test modules that need torch have imported it by now; where none has, it is not imported.
+    """
+    if torch := sys.modules.get("torch"):
+        torch.set_num_threads(1)
+
+
+@pytest.fixture
+def user_modules(tmp_path: Path) -> Iterator[None]:
+    """Forget what the test imported from its folder, and put `sys.path` back."""
+    path = sys.path.copy()
+    yield
+    sys.path[:] = path
+    for name in [name for name, module in sys.modules.items() if str(tmp_path) in _origin(module)]:
+        del sys.modules[name]
+
+
+def _origin(module: ModuleType) -> str:
+    return getattr(module, "__file__", None) or str(list(getattr(module, "__path__", [])))
+
+
+@pytest.fixture
+def write_study(tmp_path: Path, user_modules: None) -> WriteStudy:  # noqa: ARG001 - for its effect
+    """Write a user's case.py and config.yaml, and load the config.
+
+    `code` comes after CASE and may define its functions again. The lines of the config are fixed: target.data
+    stands on line 2, model on 3, loss on 4, and `more` from line 5.
+    """
+
+    def write(
+        code: str = "",
+        more: str = "",
+        *,
+        data: str = "case:load",
+        model: str = "case:build",
+        loss: str = "mse",
+        folder: Path = tmp_path,
+    ) -> Config:
+        from recipefuzz.config import load_config
+
+        folder.mkdir(exist_ok=True)
+        (folder / "case.py").write_text(CASE + code)
+        path = folder / "config.yaml"
+        path.write_text(f"target:\n  data: {data}\n  model: {model}\n  loss: {loss}\n{more}")
+        return load_config(path)
+
+    return write
