@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import sys
 import traceback
 from pathlib import Path
@@ -97,11 +96,9 @@ def report(
     svg: Annotated[Path | None, typer.Option(help="Also save the summary as a picture (SVG).")] = None,
 ) -> None:
     """Write a run's tables again, from its store, and print its summary."""
-    from rich.console import Console
-
     from recipefuzz.atomic import write_atomically
     from recipefuzz.ranking import best, rank
-    from recipefuzz.report.terminal import console, summary
+    from recipefuzz.report.terminal import console, drawing, summary
     from recipefuzz.report.write import write_reports
     from recipefuzz.run_folder import RunFolder
 
@@ -113,9 +110,7 @@ def report(
     shown = summary(folder.path, config, results, ranking)
     console().print(shown)
     if svg is not None:
-        drawing = Console(record=True, width=110, file=io.StringIO(), force_terminal=True)
-        drawing.print(shown)
-        write_atomically(svg, drawing.export_svg(title=f"recipefuzz search {config.study}"))
+        write_atomically(svg, drawing(shown, f"recipefuzz search {config.study}"))
 
 
 @app.command()

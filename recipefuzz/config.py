@@ -170,7 +170,7 @@ class Config(_Section):
         changes = {("search", "trials"): trials, ("run", "workers"): workers, ("run", "folder"): folder}
         for (section, key), value in changes.items():
             if value is not None:
-                data[section][key] = int(value) if str(value).isdigit() else str(value)
+                data[section][key] = str(value) if isinstance(value, Path) else value
         return parse_config(data, self._source)
 
     def resolved(self) -> dict[str, Any]:

@@ -52,12 +52,13 @@ def wilson(passed: int, runs: int, z: float = 1.959964) -> tuple[float, float]:
     share, spread = passed / runs, z * z / runs
     middle = (share + spread / 2) / (1 + spread)
     half = z * math.sqrt(share * (1 - share) / runs + spread / (4 * runs)) / (1 + spread)
-    return max(0.0, middle - half), min(1.0, middle + half)
+    return middle - half if passed else 0.0, middle + half if passed < runs else 1.0  # the ends without rounding
 
 
 def candidates(results: Iterable[TrialResult], top: int) -> list[TrialResult]:
     """The converging search trials worth confirming, best score first, each recipe once."""
-    best = sorted((r for r in results if r.phase is Phase.SEARCH and r.converging), key=lambda r: (-r.score, r.trial))
+    converging = (r for r in results if r.phase is Phase.SEARCH and r.converging)
+    best = sorted(converging, key=lambda r: (_from_best(r.score), r.trial))
     unique = {r.recipe.fingerprint: r for r in reversed(best)}
     return [r for r in best if unique[r.recipe.fingerprint] is r][:top]
 
@@ -87,13 +88,23 @@ def _ranked(trial: TrialResult, runs: list[TrialResult]) -> Ranked:
         runs=len(runs),
         low=low,
         high=high,
-        skill=median(r.skill for r in measured),
-        heldout_skill=median(r.heldout_skill for r in measured),
+        skill=_median(r.skill for r in measured),
+        heldout_skill=_median(r.heldout_skill for r in measured),
         steps=median(r.steps for r in measured),
     )
+
+
+def _median(values: Iterable[float]) -> float:
+    """Of those that were measured: one NaN would make it depend on the order."""
+    return median([v for v in values if math.isfinite(v)] or [math.nan])
 
 
 def _order(row: Ranked, rank_by: str) -> tuple[int, float, float, int]:
     tier = 1 if row.runs == 0 else 0 if row.passed else 2
     good = row.trial.score if tier == 1 else getattr(row, rank_by)
-    return tier, -row.low if tier == 0 else 0.0, -good if math.isfinite(good) else math.inf, row.trial.trial
+    return tier, -row.low if tier == 0 else 0.0, _from_best(good), row.trial.trial
+
+
+def _from_best(value: float) -> float:
+    """A key that sorts the largest first, and what was not measured last."""
+    return -value if math.isfinite(value) else math.inf

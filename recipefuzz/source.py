@@ -37,7 +37,7 @@ for _resolver in (_Loader, _Dumper):
 
 def write_yaml(values: Mapping[str, Any]) -> str:
     """YAML that `read_yaml` reads back as it was."""
-    return yaml.dump(dict(values), Dumper=_Dumper, sort_keys=False, default_flow_style=None, width=100)
+    return yaml.dump(dict(values), Dumper=_Dumper, sort_keys=False, default_flow_style=False, width=100)
 
 
 @dataclass(frozen=True)

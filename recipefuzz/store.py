@@ -232,10 +232,11 @@ def objective(result: TrialResult) -> tuple[float, float]:
     A converging trial is worth 1 - score. A stall fails by up to 1, less the more it learned; a NaN by 1 to
     2, less the later it came: samplers that order infeasible points by violation are drawn to the border.
     """
+    score = min(max(result.score, 0.0), 1.0) if math.isfinite(result.score) else 0.0
     if result.verdict == Label.CONVERGING:
-        return 1.0 - result.score, 0.0
+        return 1.0 - score, 0.0
     if result.verdict == Label.STALLED:
-        violation = 1.0 - 0.9 * min(max(result.score, 0.0), 1.0)
+        violation = 1.0 - 0.9 * score
     else:
         violation = 1.0 + 1.0 / (result.first_bad or 1)
     return 1.0 + violation, violation

@@ -13,7 +13,7 @@ import pytest
 if TYPE_CHECKING:
     from recipefuzz.config import Config
 
-CASE = '''\
+CASE = """\
 import torch
 from torch import nn
 
@@ -32,7 +32,7 @@ def loss(output, target):
     return ((output - target) ** 2).mean()
 
 
-'''
+"""
 
 WriteStudy = Callable[..., "Config"]
 

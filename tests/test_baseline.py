@@ -122,7 +122,9 @@ def test_batches_of_sequences_and_of_columns():
         kind = "mse" if y.is_floating_point() else "cross_entropy"
         task, constant = constant_of(loss, y, kind=kind)
         batches = torch.randint(0, len(y), (5, 8), generator=torch.Generator().manual_seed(0))
-        assert constant.of_rows(batches).tolist() == pytest.approx([float(task.loss(output, y[b])) for b in batches], rel=1e-4)
+        assert constant.of_rows(batches).tolist() == pytest.approx(
+            [float(task.loss(output, y[b])) for b in batches], rel=1e-4
+        )
 
 
 @pytest.mark.parametrize(("loss", "y", "expected", "_"), CLOSED.values(), ids=CLOSED)
@@ -278,7 +280,9 @@ def test_recipes_share_a_baseline():
     assert baselines.of(recipe(lr=3, init_scale=9, batch_size=7, input_norm="standardize")) is first
     assert baselines.of(recipe(target_norm="standardize")).loss == pytest.approx(1, rel=1e-5)
     scaled = (TABLE - TABLE.amin(0)) / (TABLE.amax(0) - TABLE.amin(0))
-    assert baselines.of(recipe(target_norm="minmax")).loss == pytest.approx(float(scaled.var(0, correction=0).mean()), rel=1e-4)
+    assert baselines.of(recipe(target_norm="minmax")).loss == pytest.approx(
+        float(scaled.var(0, correction=0).mean()), rel=1e-4
+    )
     assert baselines.of(recipe()) is first
 
 

@@ -21,6 +21,7 @@ from recipefuzz.space import Choice, Range
 
 steady = settings(
     derandomize=True,
+    max_examples=50,
     deadline=2000,  # ms; a machine that does something else meanwhile must not fail the test
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
 )
@@ -990,6 +991,7 @@ def test_but(tmp_path):
     assert changed.folder == config.folder == tmp_path
     assert config.but() == config
     assert config.but(workers="auto") == config
+    assert config.but(folder=Path("2024")).run.folder == "2024"
     with pytest.raises(InputError, match=r"search\.trials: input should be greater than or equal to 1\n  found:    0"):
         config.but(trials=0)
     with pytest.raises(InputError, match=r"run\.workers: not a number of processes\n  found:    two"):

@@ -24,7 +24,11 @@ from recipefuzz.targets.scaling import scaled
 from recipefuzz.targets.task import DatasetRows, TensorRows, some_rows
 
 PLACE = Place("config.yaml", 2, "target.data")
-AT_DATA, AT_MODEL, AT_LOSS = (r"config\.yaml:2: target\.data", r"config\.yaml:3: target\.model", r"config\.yaml:4: target\.loss")
+AT_DATA, AT_MODEL, AT_LOSS = (
+    r"config\.yaml:2: target\.data",
+    r"config\.yaml:3: target\.model",
+    r"config\.yaml:4: target\.loss",
+)
 
 
 def write(folder: Path, files: dict[str, str]) -> Path:
@@ -110,7 +114,12 @@ BAD_PATHS = [
     (":build", {}, "not an import path", "found:    :build"),
     ("mien:build", {"mine": ""}, "no module named 'mien'", "fix:      did you mean 'mine'?"),
     ("pakc.mine:build", {"pack/__init__": ""}, "no module named 'pakc'", "fix:      did you mean 'pack'?"),
-    ("pack.mien:build", {"pack/__init__": "", "pack/mine": ""}, "no module named 'pack.mien'", "did you mean 'pack.mine'?"),
+    (
+        "pack.mien:build",
+        {"pack/__init__": "", "pack/mine": ""},
+        "no module named 'pack.mien'",
+        "did you mean 'pack.mine'?",
+    ),
     ("elsewhere:build", {}, "no module named 'elsewhere'", "fix:      put the file beside the config"),
     ("mine.py:build", {"mine": ""}, "no module named 'mine.py'", "fix:      did you mean 'mine'?"),
     ("mine:biuld", {"mine": "def build(): ..."}, "mine has no 'biuld'", "fix:      did you mean mine:build?"),
@@ -164,7 +173,8 @@ def test_the_place_of_each_key(write_study):
 
 
 @pytest.mark.parametrize(
-    ("key", "word", "near"), [("data", "digit", "digits"), ("model", "mpl", "mlp"), ("loss", "cross_entrop", "cross_entropy")]
+    ("key", "word", "near"),
+    [("data", "digit", "digits"), ("model", "mpl", "mlp"), ("loss", "cross_entrop", "cross_entropy")],
 )
 def test_unknown_built_in_name(write_study, key, word, near):
     config = write_study(**{key: word})
@@ -214,7 +224,10 @@ def test_arrays_become_tensors_and_tensors_stay(given, dtype):
     rows = rows_of(given, given)
     assert (rows.x.dtype, rows.y.dtype) == (dtype, dtype)
     assert rows.x.shape == (4, 2)
-    assert torch.equal(rows.x.double(), torch.as_tensor(np.asarray(given, float) if not isinstance(given, torch.Tensor) else given).double())
+    assert torch.equal(
+        rows.x.double(),
+        torch.as_tensor(np.asarray(given, float) if not isinstance(given, torch.Tensor) else given).double(),
+    )
 
 
 def test_awkward_arrays():
@@ -294,7 +307,10 @@ def load():
 """
     )
     if code == "lazy":  # default_collate makes a list of columns of a list
-        config = write_study(folder=config.folder / "again", code=(config.folder / "case.py").read_text().replace("[float(self.y[i])]", "self.y[i].double().numpy()"))
+        config = write_study(
+            folder=config.folder / "again",
+            code=(config.folder / "case.py").read_text().replace("[float(self.y[i])]", "self.y[i].double().numpy()"),
+        )
     task = resolve(config)
     _, y, *_ = sys.modules["case"].first()
     assert rehearse(task, config) == pytest.approx(float(y.var(correction=0)), rel=1e-5)
@@ -352,7 +368,9 @@ BAD_DATA = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("code", "loss", "problem", "shown"), [row[1:] for row in BAD_DATA], ids=[row[0] for row in BAD_DATA])
+@pytest.mark.parametrize(
+    ("code", "loss", "problem", "shown"), [row[1:] for row in BAD_DATA], ids=[row[0] for row in BAD_DATA]
+)
 def test_bad_data(write_study, code, loss, problem, shown):
     with pytest.raises(InputError, match=rf"{AT_DATA}: {re.escape(problem)}") as caught:
         resolve(write_study(code, loss=loss))
@@ -437,7 +455,9 @@ BAD_CODE = [
 
 
 @pytest.mark.parametrize(
-    ("code", "more", "loss", "place", "problem", "shown"), [row[1:] for row in BAD_CODE], ids=[row[0] for row in BAD_CODE]
+    ("code", "more", "loss", "place", "problem", "shown"),
+    [row[1:] for row in BAD_CODE],
+    ids=[row[0] for row in BAD_CODE],
 )
 def test_bad_code(write_study, code, more, loss, place, problem, shown):
     config = write_study(code, more, loss=loss)
@@ -477,7 +497,9 @@ def load(): return Mine(), Mine()
         loss="cross_entropy",
     )
     task = resolve(config)
-    with pytest.raises(InputError, match=rf"{AT_LOSS}: the loss, given output of shape \(8, 1\) and target of shape dict, raised"):
+    with pytest.raises(
+        InputError, match=rf"{AT_LOSS}: the loss, given output of shape \(8, 1\) and target of shape dict, raised"
+    ):
         rehearse(task, config)
 
 
@@ -502,7 +524,10 @@ def test_what_a_factory_takes(write_study, code, takes_norm, takes):
 
 
 def test_kwargs_take_any_axis(write_study):
-    config = write_study("def build(**more): return nn.Sequential(nn.Linear(3, more['width']), nn.Linear(more['width'], 1))", "recipe: {width: 7}\n")
+    config = write_study(
+        "def build(**more): return nn.Sequential(nn.Linear(3, more['width']), nn.Linear(more['width'], 1))",
+        "recipe: {width: 7}\n",
+    )
     task = resolve(config)
     rehearse(task, config)
     assert task.build(width=7)[0].out_features == 7
@@ -525,8 +550,14 @@ def test_model_args_reach_the_factory(write_study):
     [
         ("torch.nn:MSELoss", ""),
         ("case:loss", "loss = nn.MSELoss()"),
-        ("case:loss", "class loss(nn.Module):\n    def forward(self, output, target): return ((output - target) ** 2).mean()"),
-        ("case:Losses.mse", "class Losses:\n    @staticmethod\n    def mse(output, target): return ((output - target) ** 2).mean()"),
+        (
+            "case:loss",
+            "class loss(nn.Module):\n    def forward(self, output, target): return ((output - target) ** 2).mean()",
+        ),
+        (
+            "case:Losses.mse",
+            "class Losses:\n    @staticmethod\n    def mse(output, target): return ((output - target) ** 2).mean()",
+        ),
         ("case:loss", "def loss(output, target): return ((output - target) ** 2).mean()[None]"),
     ],
 )
@@ -561,14 +592,18 @@ def test_cross_entropy_of_probabilities_and_ignored_positions():
     torch.testing.assert_close(LOSSES["cross_entropy"](LOGITS, shares), -(shares * LOGITS.log_softmax(1)).sum(1).mean())
     target = torch.tensor([0, -100, 2, -100, 1, 3])
     kept = target >= 0
-    torch.testing.assert_close(LOSSES["cross_entropy"](LOGITS, target), functional.cross_entropy(LOGITS[kept], target[kept]))
+    torch.testing.assert_close(
+        LOSSES["cross_entropy"](LOGITS, target), functional.cross_entropy(LOGITS[kept], target[kept])
+    )
     square = torch.randn(3, 4, 4, generator=torch.Generator().manual_seed(2))  # as many positions as classes
     labels = torch.arange(12).reshape(3, 4) % 4
     torch.testing.assert_close(cross_entropy_last(square, labels), functional.cross_entropy(square.mT, labels))
 
 
 @pytest.mark.parametrize("name", ["mse", "bce"])
-@pytest.mark.parametrize(("output", "target"), [((6, 1), (6,)), ((6,), (6, 1)), ((6, 1), (6, 1)), ((6, 4), (6, 4)), ((6, 2, 2), (6, 4))])
+@pytest.mark.parametrize(
+    ("output", "target"), [((6, 1), (6,)), ((6,), (6, 1)), ((6, 1), (6, 1)), ((6, 4), (6, 4)), ((6, 2, 2), (6, 4))]
+)
 def test_one_column_and_none_are_the_same(name, output, target):
     """Broadcast, (6, 1) and (6,) would be 36 differences."""
     count = 24 if 4 in target else 6
@@ -646,7 +681,9 @@ def test_no_scaling_is_the_same_rows():
     assert scaled(rows, rows, "none", "none") == (rows, rows)
 
 
-@pytest.mark.parametrize(("axis", "norms"), [("input_norm", ("minmax", "none")), ("target_norm", ("none", "standardize"))])
+@pytest.mark.parametrize(
+    ("axis", "norms"), [("input_norm", ("minmax", "none")), ("target_norm", ("none", "standardize"))]
+)
 def test_integers_are_not_scaled(axis, norms):
     rows = TensorRows(torch.arange(4), torch.arange(4))
     with pytest.raises(ValueError, match=rf"{axis}: \w+ needs floating-point values, but these are torch.int64"):

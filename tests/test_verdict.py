@@ -145,9 +145,7 @@ def test_there_is_a_verdict_at_the_horizon_and_it_is_never_nan_for_a_finite_run(
 @given(runs, st.sampled_from([1e-3, 0.5, 7.0, 1e4]))
 def test_the_unit_of_the_loss_changes_nothing(trace: Trace, unit: float) -> None:
     scaled = {"loss", "constant", "grad_norm"}
-    other = Trace(
-        **{n: getattr(trace, n) * (unit if n in scaled else 1.0) for n in COLUMNS}, steps_run=trace.steps_run
-    )
+    other = Trace(**{n: getattr(trace, n) * (unit if n in scaled else 1.0) for n in COLUMNS}, steps_run=trace.steps_run)
     for step in BUDGET.checkpoints()[::3]:
         a = judge(head(trace, step), BASELINE, BUDGET)
         b = judge(head(other, step), BASELINE * unit, BUDGET)
@@ -167,9 +165,7 @@ def test_stretching_time_changes_no_verdict(name: str) -> None:
 @given(runs)
 def test_what_comes_later_does_not_change_an_early_verdict(trace: Trace) -> None:
     _, step = decide(trace)
-    rubbish = Trace(
-        **{n: np.concatenate([getattr(trace, n)[:step], np.ones(trace.steps - step)]) for n in COLUMNS}
-    )
+    rubbish = Trace(**{n: np.concatenate([getattr(trace, n)[:step], np.ones(trace.steps - step)]) for n in COLUMNS})
     assert decide(rubbish) == decide(trace)
 
 

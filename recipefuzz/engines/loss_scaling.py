@@ -55,7 +55,8 @@ class LossScaler:
         clean = torch.where(overflow, 0.0, self._clean_steps + 1)
         grow = clean >= GROWTH_INTERVAL
         factor = torch.where(overflow, BACKOFF, torch.where(grow, GROWTH, 1.0))
-        self._scale = self._scale * factor
+        scale = self._scale * factor
+        self._scale = torch.where(torch.isfinite(scale), scale, self._scale)
         self._clean_steps = torch.where(grow, 0.0, clean)
 
 

@@ -22,7 +22,7 @@ def picture(results: Sequence[TrialResult], space: Space) -> Group:
     """A line per axis: height is the share of trials that converged, colour the most frequent outcome."""
     trials = [r for r in results if r.phase is Phase.SEARCH]
     grid = Table.grid(padding=(0, 1))
-    for column in ("right", "right", "left", "left"):
+    for column in ("right", "right", "left"):
         grid.add_column(justify=column)
     for name, axis in space.axes:
         grid.add_row(f"[bold]{name}[/]", *_line(name, axis, trials))
@@ -42,7 +42,7 @@ def _legend(trials: Sequence[TrialResult]) -> Text:
     return text
 
 
-def _line(name: str, axis: Axis, trials: Sequence[TrialResult]) -> tuple[str, Text, str]:
+def _line(name: str, axis: Axis, trials: Sequence[TrialResult]) -> tuple[str, Text]:
     if isinstance(axis, Range):
         bins: list[list[TrialResult]] = [[] for _ in range(BINS)]
         for trial in trials:
@@ -50,8 +50,8 @@ def _line(name: str, axis: Axis, trials: Sequence[TrialResult]) -> tuple[str, Te
             assert isinstance(value, (int, float))
             bins[min(BINS - 1, int(axis.position(value) * BINS))].append(trial)
         text = Text.assemble(*(_block(b) for b in bins))
-        return f"{axis.low:g}", text, f"{axis.high:g}{' (log)' if axis.log else ''}"
-    return "", _choices(name, axis, trials), ""
+        return f"{axis.low:g}", text.append(f" {axis.high:g}").append(" (log)" if axis.log else "", style="dim")
+    return "", _choices(name, axis, trials)
 
 
 def _choices(name: str, axis: Choice, trials: Sequence[TrialResult]) -> Text:

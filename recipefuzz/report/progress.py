@@ -69,7 +69,7 @@ class Progress:
         if self._live is not None:
             self._live.stop()
             self._live = None
-            self._console.print(self._line(), highlight=False)
+            self._console.print(self._line(), soft_wrap=True)
 
     def _count(self, result: TrialResult) -> None:
         self._done += 1
@@ -84,7 +84,7 @@ class Progress:
         pause = max(LOG_SECONDS, (now - self._start) / 10)
         if self._done >= self._total or now - self._last >= pause:
             self._last = now
-            self._console.print(self._line())
+            self._console.print(self._line(), soft_wrap=True)
 
     def _line(self) -> str:
         counts = ", ".join(f"{self._counts[k]} {k}" for k in COLORS if self._counts[k])

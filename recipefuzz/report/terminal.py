@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import math
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -102,6 +104,13 @@ def short_path(path: Path) -> str:
 
 def _number(value: float) -> str:
     return f"{value:.3f}" if math.isfinite(value) else "-"
+
+
+def drawing(shown: RenderableType, title: str) -> str:
+    """What the terminal shows as an SVG picture, without rich's fonts from the network."""
+    paper = Console(record=True, width=110, file=io.StringIO(), force_terminal=True)
+    paper.print(shown)
+    return re.sub(r"@font-face \{.*?\}", "", paper.export_svg(title=title), flags=re.DOTALL)
 
 
 def console(*, stderr: bool = False) -> Console:
