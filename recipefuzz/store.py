@@ -82,16 +82,17 @@ class Store:
 
     def begin(self, meta: Mapping[str, Any], space: Space, search: SearchConfig) -> StudySearch:
         """Start or resume the search. `meta` (JSON) is kept with a new run."""
-        studies = {
-            phase: optuna.create_study(
-                storage=self._storage, study_name=phase, load_if_exists=True, direction="minimize"
-            )
-            for phase in Phase
-        }
+        studies = {phase: self._study(phase) for phase in Phase}
         if META not in studies[Phase.SEARCH].user_attrs:
             studies[Phase.SEARCH].set_user_attr(META, dict(meta))
         self._journal.flush()
         return StudySearch(studies[Phase.SEARCH], studies[Phase.CONFIRM], self._journal, space, search)
+
+    def _study(self, phase: Phase) -> optuna.Study:
+        """Loaded, or made: `create_study(load_if_exists=True)` would write an entry each time."""
+        if phase in self._studies:
+            return optuna.load_study(storage=self._storage, study_name=phase)
+        return optuna.create_study(storage=self._storage, study_name=phase, direction="minimize")
 
     def results(self) -> list[TrialResult]:
         """All finished trials: those of the search by number, then the confirming runs in their order."""

@@ -143,12 +143,14 @@ def _levels_off(e: Evidence) -> Verdict | None:
 
 
 def _out_of_patience(e: Evidence) -> Verdict | None:
-    """A little is learned, but late: the course decides, be it ever so steep."""
-    if e.used < PATIENCE or e.recent.low <= 0:
+    """Late in its extension a run is judged by its course: however steep where a little is learned already."""
+    if e.used < PATIENCE:
         return None
-    end = e.skill.at_end(most=STEEPEST) if e.rising else e.recent.mean
-    text = f"skill {e.recent.mean:.3f} after {e.steps} steps, {'and rising' if e.rising else 'not rising'}"
-    return _converging(e, text) if end >= MIDDLE else _stalled(e, text, "lr_too_low")
+    text = f"skill {e.recent.mean:.3g} after {e.steps} steps, {'and rising' if e.rising else 'not rising'}"
+    if e.recent.low > 0:
+        end = e.skill.at_end(most=STEEPEST) if e.rising else e.recent.mean
+        return _converging(e, text) if end >= MIDDLE else _stalled(e, text, "lr_too_low")
+    return None if _will_get_there(e) else _stalled(e, text, "unknown")
 
 
 def _hardly_moves(e: Evidence) -> Verdict | None:
@@ -171,9 +173,11 @@ def _may_get_there(e: Evidence) -> bool:
 
 
 def _will_get_there(e: Evidence) -> bool:
-    """By its mean course, if it goes up at all."""
+    """By its mean course, if it goes up at all. Slow parts of a model learn after the fast ones have levelled
+    off, so no course is called flatter than a logarithm.
+    """
     course, goal = (e.log_loss, 0.0) if e.recent.high < FAR_BELOW else (e.skill, MIDDLE)
-    return max(course.at_end(most=1.0), course.last.mean) >= goal
+    return max(course.at_end(least=0.0, most=1.0), course.last.mean) >= goal
 
 
 def _blown_up(e: Evidence) -> Verdict | None:

@@ -192,12 +192,19 @@ def test_negative_baselines_are_negative():
 @pytest.mark.parametrize("batch_size", [10, 60, 600, 1000])
 def test_losses_that_depend_on_the_batch_size(batch_size):
     """A sum over the batch, and a loss of the batch's mean: averaged over batches as large as the trial's."""
-    used = min(batch_size, 600)
-    _, constant = constant_of(lambda o, y: ((o[:, 0] - y) ** 2).sum(), NUMBERS, torch.zeros(used, 1), batch_size)
-    assert constant.loss == pytest.approx(used * SPREAD, rel=1e-4)
-    _, constant = constant_of(lambda o, y: (o.mean() - y.mean()) ** 2, NUMBERS, torch.zeros(used, 1), batch_size)
-    means = np.array([part.mean() for part in NUMBERS.split(used)])
-    assert constant.loss == pytest.approx(means.var(), rel=1e-3, abs=1e-9)
+    _, constant = constant_of(lambda o, y: ((o[:, 0] - y) ** 2).sum(), NUMBERS, torch.zeros(5, 1), batch_size)
+    assert constant.loss == pytest.approx(batch_size * SPREAD, rel=1e-4)
+    _, constant = constant_of(lambda o, y: (o.mean() - y.mean()) ** 2, NUMBERS, torch.zeros(5, 1), batch_size)
+    assert constant.loss == pytest.approx(SPREAD / batch_size, rel=0.5) if batch_size < 100 else constant.loss < 1e-6
+
+
+@pytest.mark.parametrize("batch_size", [8, 64, 99, 100, 130, 3000])
+def test_data_that_are_sorted(batch_size):
+    """A hundred rows make one batch of 64 and a rest: the first 64 rows would be of one class for the most part."""
+    labels = (torch.arange(100) >= 50).long()
+    _, constant = constant_of(functional.cross_entropy, labels, torch.zeros(64, 2), batch_size)
+    assert constant.loss == pytest.approx(math.log(2), rel=2e-3)
+    assert constant.output.softmax(1)[0, 0] == pytest.approx(0.5, abs=0.03)
 
 
 def test_a_large_training_set_is_sampled_over_its_whole_length():

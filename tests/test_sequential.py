@@ -316,7 +316,7 @@ def test_first_bad_is_the_step_of_the_fault(fault, later, k, optimizer):
     assert np.array_equal(trace.loss[: k - 1], clean.loss[: k - 1])
     assert all(np.isfinite(getattr(trace, column)[: k - 1]).all() for column in COLUMNS)
     assert all(step < first for step, _ in trace.heldout)
-    assert trace.heldout == tuple(pair for pair in clean.heldout if pair[0] < first)
+    assert [pair for pair in trace.heldout if pair[0] < k] == [pair for pair in clean.heldout if pair[0] < k]
 
 
 @pytest.mark.parametrize("k", [1, 4, 9])
@@ -347,11 +347,14 @@ def test_first_bad_of_a_parameter_that_breaks_by_itself(k):
     ],
 )
 def test_a_gradient_that_does_no_harm_is_not_bad(factor, values):
-    def plant(loss, output):
-        output.register_hook(lambda g: (g.abs() + 1) * factor)
-        return loss
+    def build():
+        model = nn.Linear(6, 2)
+        for p in model.parameters():
+            p.register_hook(lambda g: (g.abs() + 1) * factor if planted.calls == 5 else g)
+        return model
 
-    trace = trace_of(task_of(lambda: nn.Linear(6, 2), Planted(plant, 5)), **values)
+    planted = Planted(lambda loss, _: loss, 5)
+    trace = trace_of(task_of(build, planted), **values)
     assert trace.first_bad is None
     assert trace.steps == 24
 
@@ -411,7 +414,7 @@ def test_the_constant_is_judged_on_the_trials_own_batches():
     batches = [torch.randint(0, 90, (16,), generator=generator) for _ in range(24)]
     expected = [float(functional.mse_loss(Y.mean(0).expand(16, 2), Y[b])) for b in batches]
     np.testing.assert_allclose(trace.constant, expected, rtol=1e-5)
-    custom = trace_of(task_of(loss=lambda o, y: functional.mse_loss(o, y), kind="custom"))
+    custom = trace_of(task_of(loss=functional.mse_loss, kind="custom"))
     np.testing.assert_allclose(custom.constant, expected, rtol=1e-3)
     assert np.array_equal(custom.loss, trace.loss)
 
@@ -522,26 +525,26 @@ def test_denormals_are_flushed_during_a_trial_only(users, raises):
 # --- errors are outcomes
 
 RAISING = {
-    "model": ("def build():\n    return nn.Linear(3, absent)", "NameError: name 'absent' is not defined (case.py:21)"),
+    "model": ("def build():\n    return nn.Linear(3, absent)", "NameError: name 'absent' is not defined (case.py:20)"),
     "forward": (
         "class build(nn.Linear):\n    def __init__(self): super().__init__(3, 1)\n    def forward(self, x): return x @ x",
-        "RuntimeError: mat1 and mat2 shapes cannot be multiplied (8x3 and 8x3) (case.py:22)",
+        "RuntimeError: mat1 and mat2 shapes cannot be multiplied (8x3 and 8x3) (case.py:21)",
     ),
-    "loss": ("def loss(o, y):\n    return {}['key']", "KeyError: 'key' (case.py:21)"),
-    "no message": ("def loss(o, y):\n    raise ValueError", "ValueError (case.py:21)"),
-    "several lines": ("def loss(o, y):\n    raise ValueError('first\\nsecond')", "ValueError: first (case.py:21)"),
-    "assertion": ("def loss(o, y):\n    assert len(o) == 3", "AssertionError (case.py:21)"),
-    "memory": ("def loss(o, y):\n    raise MemoryError", "out of memory: MemoryError (case.py:21)"),
-    "memory with a message": ("def loss(o, y):\n    raise MemoryError('1 TB')", "out of memory: MemoryError: 1 TB (case.py:21)"),
+    "loss": ("def loss(o, y):\n    return {}['key']", "KeyError: 'key' (case.py:20)"),
+    "no message": ("def loss(o, y):\n    raise ValueError", "ValueError (case.py:20)"),
+    "several lines": ("def loss(o, y):\n    raise ValueError('first\\nsecond')", "ValueError: first (case.py:20)"),
+    "assertion": ("def loss(o, y):\n    assert len(o) == 3", "AssertionError (case.py:20)"),
+    "memory": ("def loss(o, y):\n    raise MemoryError", "out of memory: MemoryError (case.py:20)"),
+    "memory with a message": ("def loss(o, y):\n    raise MemoryError('1 TB')", "out of memory: MemoryError: 1 TB (case.py:20)"),
     "accelerator's memory": (
-        "def loss(o, y):\n    raise torch.OutOfMemoryError('2 GB')", "out of memory: OutOfMemoryError: 2 GB (case.py:21)",
+        "def loss(o, y):\n    raise torch.OutOfMemoryError('2 GB')", "out of memory: OutOfMemoryError: 2 GB (case.py:20)",
     ),
     "cpu's memory": ("def loss(o, y):\n    return torch.empty(2**56)", "out of memory: RuntimeError: "),
     "deep": ("def deep(o):\n    return deep(o)\ndef loss(o, y): return deep(o)", "RecursionError: maximum recursion depth exceeded"),
     "backward": (
         "class Bad(torch.autograd.Function):\n    @staticmethod\n    def forward(ctx, x): return x * 1\n"
         "    @staticmethod\n    def backward(ctx, g): return g.absent\ndef loss(o, y): return Bad.apply(o).mean()",
-        "AttributeError: 'Tensor' object has no attribute 'absent' (case.py:24)",
+        "AttributeError: 'Tensor' object has no attribute 'absent' (case.py:23)",
     ),
 }  # fmt: skip
 
@@ -591,7 +594,7 @@ def test_jobs_are_trained_in_order():
     assert [o.job for o in outcomes] == jobs
     assert len({o.trace.loss.tobytes() for o in outcomes}) == 3
     assert all(o.seconds > 0 for o in outcomes)
-    assert {o.baseline for o in outcomes} == {pytest.approx(float(Y.var(0, correction=0).mean()), rel=1e-5)}
+    assert [o.baseline for o in outcomes] == pytest.approx([float(Y.var(0, correction=0).mean())] * 3, rel=1e-5)
     assert engine.collect() == []
     engine.submit(jobs[0])
     engine.close()

@@ -172,11 +172,14 @@ class SequentialEngine:
         try:
             constant = self._baselines.of(job.recipe)
             return train(self._task, job, self._budget, self._device, constant, self._at_checkpoint)
-        except MemoryError as error:
-            return Outcome(job, Trace(), None, error=f"out of memory: {describe_exception(error)}")
         except Exception as error:
-            kind = "out of memory: " if isinstance(error, torch.OutOfMemoryError) else ""
+            kind = "out of memory: " if _is_lack_of_memory(error) else ""
             return Outcome(job, Trace(), None, error=kind + describe_exception(error))
+
+
+def _is_lack_of_memory(error: Exception) -> bool:
+    """Python's own, a GPU's, or torch's on the CPU, which has no class of its own."""
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "DefaultCPUAllocator" in str(error)
 
 
 def _nothing() -> None: ...

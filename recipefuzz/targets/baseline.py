@@ -107,15 +107,23 @@ def _minimized(task: Task, rows: Rows, batch_size: int, output: Any) -> Constant
     """
     if not isinstance(output, Tensor):
         raise ValueError(f"the model's output is a {type(output).__name__}, not one tensor")
-    index = some_rows(rows, max(ROWS, batch_size))
-    whole = min(batch_size, len(index))
-    batches = [rows.take(part)[1] for part in index.split(batch_size) if len(part) == whole]
+    batches = [rows.take(index)[1] for index in _batches(len(rows), batch_size)]
     for start in STARTS:
-        found = [_descend(task, batches, whole, output, torch.full(s, start)) for s in _layouts(output)]
+        found = [_descend(task, batches, batch_size, output, torch.full(s, start)) for s in _layouts(output)]
         finite = [constant for constant in found if constant is not None]
         if finite:
             return min(finite, key=lambda constant: constant.loss)
     raise ValueError("the loss is not finite for any constant output")
+
+
+def _batches(rows: int, batch_size: int) -> Tensor:
+    """Whole batches of rows that are evenly spread, since data may be sorted, and shuffled; (batches, batch_size)."""
+    count = math.lcm(rows, batch_size) // batch_size  # then every row is there as often as any other
+    if count * batch_size > 4 * ROWS:
+        count = max(1, ROWS // batch_size)
+    spread = torch.arange(count * batch_size) * rows // (count * batch_size)
+    order = torch.randperm(len(spread), generator=torch.Generator().manual_seed(0))
+    return spread[order].view(count, batch_size)
 
 
 def _layouts(output: Tensor) -> list[list[int]]:

@@ -1,0 +1,709 @@
+"""The store: the same trials whatever the order, the kills and the full disks, and what the sampler is told."""
+
+from __future__ import annotations
+
+import errno
+import json
+import math
+import os
+import random
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import optuna
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend
+from optuna.trial import TrialState
+
+from recipefuzz.config import SearchConfig, parse_config
+from recipefuzz.errors import InputError, RunFailedError
+from recipefuzz.journal import Journal, is_locked
+from recipefuzz.result import Phase, TrialResult
+from recipefuzz.run_folder import RunFolder, identity
+from recipefuzz.space import Choice, Range, Space
+from recipefuzz.store import Asked, Store, StudySearch, distribution, objective
+
+steady = settings(
+    derandomize=True,
+    deadline=None,
+    max_examples=25,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
+)
+
+SPACE = Space(
+    (
+        ("lr", Range(1e-4, 10, log=True)),
+        ("width", Range(16, 128, integer=True)),
+        ("dropout", Range(0.0, 0.9, step=0.3)),
+        ("clip_norm", Choice((None, 1, 5))),
+    )
+)
+META = {"study": "test"}
+
+
+def outcome(asked: Asked) -> TrialResult:
+    """A pure function of the recipe, as a trial is: a NaN region, a stalled one, some errors, and a hill."""
+    lr, width = math.log10(asked.values["lr"]), asked.values["width"]
+    found: dict = {"verdict": "converging", "score": 0.9 / (1 + (lr + 1) ** 2), "steps": width}
+    if lr > 0:
+        found = {"verdict": "nan", "score": 0.0, "first_bad": 1 + width % 7, "loss": math.nan}
+    elif lr < -3 or asked.values["clip_norm"] == 1:
+        found = {"verdict": "stalled", "score": 0.1}
+    elif width % 13 == 0:
+        found = {"error": "out of memory"}
+    return TrialResult(asked.number, Phase.SEARCH, 0, dict(asked.values), **found)
+
+
+def config(trials: int, sampler: str = "random", **more) -> SearchConfig:
+    return SearchConfig(trials=trials, sampler=sampler, **({"window": 4, "grid_points": 2} | more))
+
+
+@contextmanager
+def opened(path: Path, search: SearchConfig, space: Space = SPACE) -> Iterator[StudySearch]:
+    store = Store(path, write=True)
+    try:
+        yield store.begin(META, space, search)
+    finally:
+        store.close()
+
+
+def drive(path: Path, search: SearchConfig, space: Space = SPACE) -> list[TrialResult]:
+    """The plain search: every trial is run as soon as it is asked for, and recorded in order."""
+    with opened(path, search, space) as study:
+        while asked := study.refill():
+            for trial in asked:
+                study.record(outcome(trial))
+        return study.results
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory) -> Callable[[SearchConfig], list[TrialResult]]:
+    """What the undisturbed search finds; one run for each config."""
+    folder, known = tmp_path_factory.mktemp("plain"), {}
+
+    def results(search: SearchConfig) -> list[TrialResult]:
+        key = search.model_dump_json()
+        if key not in known:
+            known[key] = drive(folder / str(len(known)), search)
+        return known[key]
+
+    return results
+
+
+def same(found: list[TrialResult], expected: list[TrialResult]) -> bool:
+    return [r.record() for r in found] == [r.record() for r in expected]
+
+
+# --- the order of events
+
+
+@pytest.mark.parametrize("sampler", ["tpe", "random", "qmc", "grid", "cmaes"])
+@settings(steady, max_examples=5)
+@given(st.integers(1, 4), st.randoms(use_true_random=True))
+def test_trials_do_not_depend_on_the_order_in_which_they_finish(plain, sampler, at_once, chance):
+    """As with any number of workers: up to `at_once` trials run, any of them finishes next."""
+    search = config(18, sampler)
+    with tempfile.TemporaryDirectory() as folder, opened(Path(folder) / "journal", search) as study:
+        waiting, running, numbers = [], [], []
+        while True:
+            if chance.random() < 0.7 or not running:
+                asked = study.refill()
+                waiting += asked
+                numbers += [trial.number for trial in asked]
+            while waiting and len(running) < at_once:
+                running.append(waiting.pop(0))
+            if not running:
+                break
+            study.record(outcome(running.pop(chance.randrange(len(running)))))
+        assert numbers == list(range(18))
+        assert same(study.results, plain(search))
+
+
+@pytest.mark.parametrize("window", [1, 2, 5, 40])
+def test_no_more_trials_are_open_than_the_window_holds(tmp_path, window):
+    with opened(tmp_path / "journal", config(20, window=window)) as study:
+        asked = study.refill()
+        assert len(asked) == min(window, 20)
+        assert study.refill() == []
+        study.record(outcome(asked[-1]))
+        assert len(study.refill()) == (1 if window == 1 else 0)  # trial 0 is still out
+
+
+def test_with_stop_nothing_new_is_asked(tmp_path):
+    with opened(tmp_path / "journal", config(20)) as study:
+        for trial in study.refill():
+            study.record(outcome(trial))
+        assert study.refill(stop=True) == []
+        assert len(study.results) == 4
+        assert [trial.number for trial in study.refill()] == [4, 5, 6, 7]
+
+
+def test_a_result_that_comes_twice_counts_once(tmp_path):
+    with opened(tmp_path / "journal", config(4)) as study:
+        (first, *_) = study.refill()
+        for _ in range(3):
+            study.record(outcome(first))
+        assert [r.trial for r in study.results] == [0]
+    with opened(tmp_path / "journal", config(4)) as study:
+        study.record(outcome(first))
+        assert [r.trial for r in study.results] == [0]
+
+
+# --- every sampler
+
+
+@pytest.mark.parametrize("sampler", ["tpe", "random", "qmc", "grid", "cmaes"])
+def test_sampler_draws_from_the_space_and_differs_from_trial_to_trial(plain, sampler):
+    results = plain(config(24, sampler))
+    assert [r.trial for r in results] == list(range(24))
+    assert all(SPACE.contains(r.values) for r in results)
+    assert all(isinstance(r.values["width"], int) for r in results)
+    assert len({json.dumps(r.values) for r in results}) == 24
+    assert {r.values["clip_norm"] for r in results} == {None, 1, 5}
+    assert {r.verdict for r in results} >= {"stalled", "nan"}
+
+
+def test_gp_sampler(tmp_path):
+    """Ten trials at random, as Optuna has it, and one by the model: it takes a second and needs torch."""
+    results = drive(tmp_path / "journal", config(11, "gp", window=1))
+    assert [r.trial for r in results] == list(range(11))
+    assert all(SPACE.contains(r.values) for r in results)
+
+
+def test_samplers_and_seeds_differ(plain):
+    found = [plain(config(24, s)) for s in ("tpe", "random", "qmc", "grid", "cmaes")] + [plain(config(24, seed=1))]
+    assert len({json.dumps([r.values for r in results]) for results in found}) == 6
+
+
+@pytest.mark.parametrize("trials", [5, 24, 100])
+def test_grid_visits_every_point_once_and_stops(tmp_path, trials):
+    search = config(trials, "grid")
+    with opened(tmp_path / "journal", search) as study:
+        assert study.total == min(trials, 24)
+    results = drive(tmp_path / "journal", search)
+    assert len({json.dumps(r.values) for r in results}) == len(results) == min(trials, 24)
+    for name, axis in SPACE.axes:
+        assert {r.values[name] for r in results} <= set(axis.grid(2))
+
+
+def test_grid_that_is_interrupted_still_visits_every_point_once(tmp_path):
+    done = 0
+    while done < 24:
+        with opened(tmp_path / "journal", config(100, "grid")) as study:
+            for trial in study.refill()[:3]:
+                study.record(outcome(trial))
+            done = len(study.results)
+    assert len({json.dumps(r.values) for r in study.results}) == 24
+
+
+@pytest.mark.parametrize(
+    ("axis", "high"),
+    [
+        (Range(0.0, 1.0, step=0.3), 0.9),
+        (Range(0.1, 0.3, step=0.1), 0.3),
+        (Range(16, 100, integer=True, step=32), 80),
+        (Range(8.0, 64.0, integer=True), 64),
+        (Range(1, 1000, integer=True, log=True), 1000),
+        (Range(1e-5, 10, log=True), 10),
+    ],
+)
+def test_distribution_ends_where_the_axis_does(axis, high):
+    """Without Optuna's warning of a range that its step does not divide: a warning fails a test."""
+    assert distribution(axis).high == high
+
+
+# --- kills
+
+
+@pytest.mark.parametrize("sampler", ["tpe", "random", "qmc", "grid", "cmaes"])
+@settings(steady, max_examples=6)
+@given(st.randoms(use_true_random=True))
+def test_a_kill_between_any_two_operations_changes_nothing(plain, sampler, chance):
+    """Whatever is killed: nothing recorded is lost, what was asked is asked again, the end is the same."""
+    search = config(18, sampler)
+    with tempfile.TemporaryDirectory() as folder:
+        path, recorded = Path(folder) / "journal", set()
+        for _ in range(1000):
+            with opened(path, search) as study:
+                assert {r.trial for r in study.results} == recorded
+                if over := not work_until_killed(study, chance, recorded):
+                    assert same(study.results, plain(search))
+            if over:
+                return
+    raise AssertionError("the search came to no end")
+
+
+def work_until_killed(study: StudySearch, chance: random.Random, recorded: set[int]) -> bool:
+    """Whether it was killed; if not, all trials are done."""
+    waiting: list[Asked] = []
+    while True:
+        if chance.random() < 0.15:
+            return True
+        asked = study.refill()
+        assert not {trial.number for trial in asked} & recorded
+        waiting += asked
+        if not waiting:
+            return False
+        if chance.random() < 0.15:
+            return True
+        trial = waiting.pop(chance.randrange(len(waiting)))
+        study.record(outcome(trial))
+        recorded.add(trial.number)
+
+
+def batches(data: bytes) -> list[int]:
+    """Where each batch ends."""
+    ends, size = [], 0
+    for line in data.splitlines(keepends=True):
+        size += len(line)
+        if json.loads(line).get("end"):
+            ends.append(size)
+    return ends
+
+
+@pytest.mark.parametrize("last", ["asked", "recorded"])
+def test_a_file_cut_at_any_byte_of_its_last_batch_is_as_if_that_had_not_been_written(tmp_path, plain, last):
+    search, path = config(5, "random", window=2), tmp_path / "journal"
+    with opened(path, search) as study:
+        for trial in study.refill():
+            study.record(outcome(trial))
+        asked = study.refill()
+        if last == "recorded":
+            study.record(outcome(asked[0]))
+    whole = path.read_bytes()
+    *_, start, end = batches(whole)
+    assert end == len(whole)
+    for size in range(start, end):
+        path.write_bytes(whole[:size])
+        with opened(path, search) as study:
+            assert path.read_bytes() == whole[:start]
+            assert [r.trial for r in study.results] == [0, 1]
+            if size % 16 == 0 or whole[size - 1 : size] == b"\n":
+                assert [dict(t.values) for t in study.refill()] == [dict(r.values) for r in plain(search)[2:4]]
+    assert same(drive(path, search), plain(search))
+
+
+@pytest.mark.parametrize("sampler", ["tpe", "random", "qmc", "grid", "cmaes"])
+def test_a_file_cut_anywhere_ends_the_same(tmp_path, plain, sampler):
+    search, path = config(18, sampler), tmp_path / "journal"
+    assert same(drive(path, search), plain(search))
+    whole = path.read_bytes()
+    for size in random.Random(sampler).sample(range(len(whole)), 8):
+        path.write_bytes(whole[:size])
+        reader = Store(path, write=False)
+        before = reader.results()
+        kept = max((end for end in batches(whole) if end <= size), default=0)
+        assert len(before) == whole[:kept].count(b'"user_attr":{"result"')
+        assert same(drive(path, search), plain(search))
+        assert same(before, [r for r in plain(search) if r.trial in {b.trial for b in before}])
+
+
+def test_trials_raised_later_go_on(tmp_path):
+    path = tmp_path / "journal"
+    first = drive(path, config(6, "tpe"))
+    assert same(drive(path, config(6, "tpe")), first)
+    more = drive(path, config(10, "tpe"))
+    assert [r.trial for r in more] == list(range(10))
+    assert same(more[:6], first)
+    assert same(drive(path, config(3, "tpe")), more)  # fewer than there are: nothing is taken away
+
+
+def test_what_a_run_was_begun_with_stays(tmp_path):
+    store = Store(tmp_path / "journal", write=True)
+    assert store.meta() == {}
+    store.begin({"a": [1, None]}, SPACE, config(3))
+    store.close()
+    store = Store(tmp_path / "journal", write=True)
+    assert store.meta() == {"a": [1, None]}
+    store.begin({"b": 2}, SPACE, config(3))
+    store.close()
+    assert Store(tmp_path / "journal", write=False).meta() == {"a": [1, None]}
+
+
+def test_time_that_was_spent_is_kept(tmp_path):
+    with opened(tmp_path / "journal", config(4)) as study:
+        assert study.seconds == 0
+        for i, trial in enumerate(study.refill()):
+            study.record(outcome(trial), 1.5 * i)
+        assert study.seconds == 4.5
+    assert Store(tmp_path / "journal", write=False).seconds() == 4.5
+
+
+def test_confirming_runs_come_after_the_search_and_are_known_again(tmp_path):
+    path = tmp_path / "journal"
+    runs = [
+        TrialResult(0, Phase.CONFIRM, 1, {"lr": 0.1}, "converging", score=0.5),
+        TrialResult(0, Phase.CONFIRM, 2, {"lr": 0.1}, "nan", first_bad=3),
+        TrialResult(0, Phase.CONFIRM, 3, {"lr": 0.1}, error="killed"),
+    ]
+    with opened(path, config(2)) as study:
+        for run in runs:
+            study.record(run)
+        for trial in study.refill():
+            study.record(outcome(trial))
+        results = study.results
+    assert [(r.phase, r.trial, r.seed) for r in results[2:]] == [
+        ("confirm", 0, 1),
+        ("confirm", 0, 2),
+        ("confirm", 0, 3),
+    ]
+    assert same(Store(path, write=False).results(), results)
+    with opened(path, config(2)) as study:
+        assert study.confirmed() == {(0, 1), (0, 2), (0, 3)}
+        assert study.refill() == []
+
+
+# --- one writer
+
+
+def test_second_writer_is_refused_and_a_reader_is_not(tmp_path):
+    path = tmp_path / "journal"
+    with opened(path, config(4)) as study:
+        (first, *_) = study.refill()
+        study.record(outcome(first))
+        assert is_locked(path)
+        before = path.read_bytes()
+        with pytest.raises(InputError, match=r"another recipefuzz is at work in this run\n  fix: +wait for it"):
+            Store(path, write=True)
+        assert [r.trial for r in Store(path, write=False).results()] == [0]
+        assert path.read_bytes() == before
+    assert not is_locked(path)
+
+
+def test_writer_in_another_process_is_noticed_and_its_death_frees_the_run(tmp_path):
+    path = tmp_path / "journal"
+    drive(path, config(2))
+    code = "import sys; from recipefuzz.journal import Journal; from pathlib import Path\n"
+    code += "journal = Journal(Path(sys.argv[1]), write=True); print('held', flush=True); sys.stdin.read()"
+    with subprocess.Popen([sys.executable, "-c", code, path], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdout.readline() == b"held\n"
+        assert is_locked(path)
+        with pytest.raises(InputError, match="another recipefuzz is at work"):
+            Store(path, write=True)
+        other.kill()
+    Store(path, write=True).close()
+
+
+def test_reader_makes_no_file(tmp_path):
+    with pytest.raises(RunFailedError, match=r"journal: can't read the run's journal: No such file or directory"):
+        Store(tmp_path / "journal", write=False)
+    with pytest.raises(RunFailedError, match=r"can't open the run's journal: No such file or directory"):
+        Store(tmp_path / "missing" / "journal", write=True)
+    assert list(tmp_path.iterdir()) == []
+
+
+# --- damage
+
+
+@pytest.mark.parametrize("write", [True, False])
+@pytest.mark.parametrize(
+    "line",
+    [b'{"op_code": 4, "trial', b"\x00\x00\xff", b"", b"[1]", b"{}"],
+    ids=["cut", "zeros", "empty", "list", "no code"],
+)
+def test_damage_in_the_middle_names_the_line_and_changes_nothing(tmp_path, line, write):
+    path = tmp_path / "journal"
+    drive(path, config(3))
+    lines = path.read_bytes().splitlines()
+    lines[6] = line
+    damaged = b"\n".join([*lines, b""])
+    path.write_bytes(damaged)
+    with pytest.raises(
+        InputError, match=r"journal:7: the run's journal is damaged: this line is no entry\n(.|\n)*--fresh"
+    ):
+        Store(path, write=write)
+    assert path.read_bytes() == damaged
+    assert not is_locked(path)
+
+
+@pytest.mark.parametrize("entry", [{"op_code": 99, "worker_id": "x"}, {"op_code": 4, "worker_id": "x"}])
+def test_entries_that_make_no_sense_are_one_plain_error(tmp_path, entry):
+    path = tmp_path / "journal"
+    drive(path, config(3))
+    with path.open("ab") as file:
+        file.write(json.dumps(entry | {"end": True}).encode() + b"\n")
+    with pytest.raises(InputError, match=r"journal: the run's journal can't be replayed \("):
+        Store(path, write=True)
+    assert not is_locked(path)
+
+
+def test_empty_and_torn_first_batches_begin_anew(tmp_path, plain):
+    path, search = tmp_path / "journal", config(5, window=2)
+    with opened(path, search):
+        first = path.read_bytes()
+    assert first.count(b"\n") == 3
+    for size in range(0, len(first), 7):
+        path.write_bytes(first[:size])
+        with opened(path, search) as study:
+            assert [dict(t.values) for t in study.refill()] == [dict(r.values) for r in plain(search)[:2]]
+
+
+# --- a full disk
+
+
+class Disk:
+    """A file on a disk with room for so many bytes; if `stuck`, it can't be shortened either."""
+
+    def __init__(self, file, room: int, *, at_most: int = 10**9, stuck: bool = False) -> None:
+        self.file, self.room, self.at_most, self.stuck = file, room, at_most, stuck
+
+    def write(self, data: bytes) -> int:
+        if not self.room:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        written = self.file.write(data[: min(self.room, self.at_most)])
+        self.room -= written
+        return written
+
+    def truncate(self, size: int) -> None:
+        if self.stuck and size < self.file.seek(0, os.SEEK_END):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        self.file.truncate(size)
+
+    def fileno(self) -> int:
+        return self.file.fileno()
+
+
+def test_short_writes_are_written_to_their_end(tmp_path, plain):
+    store = Store(tmp_path / "journal", write=True)
+    store._journal._file = Disk(file := store._journal._file, 10**9, at_most=100)
+    study = store.begin(META, SPACE, config(5, window=2))
+    while asked := study.refill():
+        for trial in asked:
+            study.record(outcome(trial))
+    file.close()
+    assert same(Store(tmp_path / "journal", write=False).results(), plain(config(5, window=2)))
+
+
+@pytest.mark.parametrize("room", [0, 1, 50, 300])
+@pytest.mark.parametrize("stuck", [False, True], ids=["", "stuck"])
+def test_full_disk_leaves_the_file_as_it_was_and_the_store_usable(tmp_path, plain, room, stuck):
+    path, search = tmp_path / "journal", config(5, window=2)
+    store = Store(path, write=True)
+    study = store.begin(META, SPACE, search)
+    first, second = study.refill()
+    study.record(outcome(first))
+    whole, file = path.read_bytes(), store._journal._file
+    store._journal._file = Disk(file, room, stuck=stuck)
+    with pytest.raises(
+        RunFailedError, match=r"can't write the run's journal: No space left on device\n  fix: +everything"
+    ):
+        study.record(outcome(second))
+    assert path.read_bytes()[: len(whole)] == whole
+    assert stuck or path.read_bytes() == whole
+    assert [r.trial for r in Store(path, write=False).results()] == [0]
+    store._journal._file = file  # room has been made
+    while asked := study.refill():
+        for trial in asked:
+            study.record(outcome(trial))
+    store.close()
+    assert same(Store(path, write=False).results(), plain(search))
+
+
+def test_full_disk_then_another_process(tmp_path, plain):
+    path, search = tmp_path / "journal", config(5, window=2)
+    store = Store(path, write=True)
+    study = store.begin(META, SPACE, search)
+    store._journal._file = Disk(file := store._journal._file, 700, stuck=True)
+    with pytest.raises(RunFailedError, match="No space left"):
+        study.refill()
+    file.close()
+    assert same(drive(path, search), plain(search))
+
+
+def test_journal_refuses_what_is_no_json(tmp_path):
+    journal = Journal(tmp_path / "journal", write=True)
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        journal.append_logs([{"op_code": 1, "value": math.nan}])
+    journal.flush()
+    journal.close()
+    assert (tmp_path / "journal").read_bytes() == b""
+    assert journal.read_logs(0) == []
+
+
+# --- what the sampler is told
+
+
+@pytest.mark.parametrize("sampler", ["tpe", "random"])
+def test_optuna_reads_the_file_and_finds_failed_recipes_completed_and_infeasible(tmp_path, sampler):
+    results = drive(tmp_path / "journal", config(24, sampler))
+    trials = optuna.load_study(
+        study_name="search", storage=JournalStorage(JournalFileBackend(str(tmp_path / "journal")))
+    ).trials
+    assert [t.number for t in trials] == list(range(24))
+    for trial, result in zip(trials, results, strict=True):
+        assert trial.params == dict(result.values)
+        if result.error:
+            assert trial.state is TrialState.FAIL
+        else:
+            assert trial.state is TrialState.COMPLETE
+            (violation,) = trial.constraints.values()
+            assert (violation > 0) is (result.verdict != "converging")
+            assert (trial.value > 1) is (result.verdict != "converging")
+
+
+def told(verdict: str, score: float = 0.0, first_bad: int | None = None) -> tuple[float, float]:
+    return objective(TrialResult(0, Phase.SEARCH, 0, {}, verdict, score=score, first_bad=first_bad))
+
+
+def test_objective_prefers_converging_to_stalled_to_nan():
+    order = [
+        told("converging", 1.0),
+        told("converging", 0.3),
+        told("converging", 0.0),
+        told("stalled", 0.9),
+        told("stalled", 0.0),
+        told("nan", first_bad=100),
+        told("nan", first_bad=1),
+    ]
+    assert [value for value, _ in order] == sorted({value for value, _ in order})
+    assert [violation > 0 for _, violation in order] == [False] * 3 + [True] * 4
+
+
+@steady
+@given(st.sampled_from(["converging", "stalled", "nan"]), st.floats(), st.none() | st.integers(1, 10**6))
+def test_objective_is_finite_whatever_was_measured(verdict, score, first_bad):
+    value, violation = told(verdict, score, first_bad)
+    assert 0 <= value <= 3
+    assert (violation > 0) is (verdict != "converging")
+
+
+LR_AND_SCALE = Space((("lr", Range(1e-5, 10, log=True)), ("init_scale", Range(0.01, 30, log=True))))
+
+
+def failing(values) -> str:
+    """A space like that of a real network: 23 % NaN, 49 % stalled, the rest converges."""
+    if math.log10(values["lr"]) + 0.5 * math.log10(values["init_scale"]) > -0.5:
+        return "nan"
+    return "stalled" if values["lr"] < 1e-3 or values["init_scale"] < 0.1 else ""
+
+
+def share_of_failing(seed: int, *, as_fail: bool) -> float:
+    """Of 60 trials of tpe; `as_fail` tells the same sampler FAIL where we tell it COMPLETE and infeasible."""
+    bad = 0
+    search = SearchConfig(trials=60, seed=seed, sampler="tpe")
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        opened(Path(folder) / "journal", search, LR_AND_SCALE) as study,
+    ):
+        while asked := study.refill():
+            for number, values in ((trial.number, trial.values) for trial in asked):
+                verdict = failing(values)
+                bad += bool(verdict)
+                hill = 1 - (math.log10(values["lr"]) + 2) ** 2 / 4 - math.log10(values["init_scale"]) ** 2 / 4
+                found: dict = {"verdict": verdict or "converging", "score": 0.05 if verdict else max(0.0, hill)}
+                if verdict and as_fail:
+                    found = {"error": verdict}
+                study.record(TrialResult(number, Phase.SEARCH, 0, dict(values), **found))
+    return bad / search.trials
+
+
+def test_tpe_spends_fewer_trials_on_failing_recipes_than_if_it_were_told_that_they_failed():
+    """Optuna's samplers ignore failed trials (optuna issue 332), so they return to the bad region.
+
+    Observed over these seeds (Optuna 5.0): OURS against FAIL; picking at random fails in 0.72.
+    """
+    seeds = range(4)
+    ours = [share_of_failing(seed, as_fail=False) for seed in seeds]
+    fail = [share_of_failing(seed, as_fail=True) for seed in seeds]
+    assert sum(ours) / len(ours) < sum(fail) / len(fail) - 0.12
+
+
+# --- the run's folder
+
+
+def study_config(folder: Path, **changes):
+    data = {
+        "study": "digits",
+        "target": {"data": "digits", "model": "mlp"},
+        "space": {"lr": [0.1, 1.0]},
+        "run": {"folder": str(folder)},
+    }
+    return parse_config(data | changes)
+
+
+def begin(config, code=None, *, fresh: bool = False) -> RunFolder:
+    folder = RunFolder.of(config)
+    store = folder.open(config, code or {}, fresh=fresh)
+    store.begin(identity(config, code or {}), config.axes, config.search)
+    store.close()
+    return folder
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"search": {"trials": 7, "time": "1h", "rank_by": "heldout_skill", "confirm": {"top": 1, "seeds": 2}}},
+        {"study": "renamed"},
+    ],
+)
+def test_run_goes_on_with_changes_that_change_no_trial(tmp_path, change):
+    begin(study_config(tmp_path / "run"))
+    folder = begin(study_config(tmp_path / "run", **change))
+    assert folder.load_config().resolved() == study_config(tmp_path / "run", **change).resolved()
+
+
+@pytest.mark.parametrize(
+    ("change", "code", "diff"),
+    [
+        ({"space": {"lr": [0.1, 2.0]}}, {}, r"-  - 1\.0\n  \+  - 2\.0"),
+        ({"search": {"seed": 1}}, {}, r"-  seed: 0\n  \+  seed: 1"),
+        ({"trial": {"steps": 10}}, {}, r"-  steps: 300\n  \+  steps: 10"),
+        ({"recipe": {"optimizer": "adam"}}, {}, r"\+  optimizer: adam"),
+        ({}, {"case.py": "1234"}, r"\+  case\.py: '1234'"),
+    ],
+)
+def test_run_with_another_config_or_code_is_refused_with_the_difference(tmp_path, change, code, diff):
+    folder = begin(study_config(tmp_path / "run"))
+    before = {path: path.read_bytes() for path in folder.path.iterdir()}
+    message = rf"run: this run was made with another config or other code\n(.|\n)*--fresh(.|\n)*{diff}"
+    with pytest.raises(InputError, match=message):
+        begin(study_config(tmp_path / "run", **change), code)
+    assert {path: path.read_bytes() for path in folder.path.iterdir()} == before
+    assert not folder.is_held()
+    begin(study_config(tmp_path / "run", **change), code, fresh=True)
+    assert {p.name: p.read_bytes() for p in (tmp_path / "run.old-1").iterdir()} == {
+        p.name: b for p, b in before.items()
+    }
+
+
+def test_fresh_puts_a_damaged_run_aside_and_leaves_a_held_one(tmp_path):
+    config = study_config(tmp_path / "run")
+    folder = begin(config)
+    folder.journal.write_bytes(b"rubbish\n" + folder.journal.read_bytes())
+    with pytest.raises(InputError, match="damaged"):
+        begin(config)
+    begin(config, fresh=True)
+    begin(config, fresh=True)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["run", "run.old-1", "run.old-2"]
+    store = folder.open(config, {}, fresh=False)
+    with pytest.raises(InputError, match="another recipefuzz is at work"):
+        begin(config, fresh=True)
+    store.close()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["run", "run.old-1", "run.old-2"]
+
+
+def test_folder_that_can_not_be_made(tmp_path):
+    (tmp_path / "run").write_text("a file")
+    with pytest.raises(RunFailedError, match=r"run: can't make the run's folder: File exists\n  fix: +run\.folder"):
+        begin(study_config(tmp_path / "run"))
+    with pytest.raises(RunFailedError, match=r"below: can't make the run's folder: Not a directory"):
+        begin(study_config(tmp_path / "run" / "below"))
+    assert (tmp_path / "run").read_text() == "a file"
+
+
+def test_run_is_found_by_its_study_its_folder_and_a_file_in_it(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match=r"digits: no run there\n(.|\n)*fix: +recipefuzz search CONFIG makes one"):
+        RunFolder.find("digits")
+    folder = begin(study_config(tmp_path / "runs" / "digits"))
+    for name in ("digits", "runs/digits", str(tmp_path / "runs/digits"), "runs/digits/trials.csv"):
+        assert RunFolder.find(name).path == folder.path
+    with pytest.raises(InputError, match=r"wine: no run there\n(.|\n)*fix: +runs here: digits"):
+        RunFolder.find("wine")
