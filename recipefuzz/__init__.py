@@ -1,7 +1,7 @@
 """recipefuzz: an automated fuzzer for neural-network training recipes.
 
-`recipefuzz.search(config)` does what `recipefuzz search CONFIG` does, and returns a result with `.trials` and `.ranking`
-as DataFrames. Names are imported when they are used, so that `import recipefuzz` is quick.
+`recipefuzz.search(config)` does what `recipefuzz search CONFIG` does; its result has `.trials` and `.ranking`, which are
+DataFrames. Names are imported when they are used, so that `import recipefuzz` is quick.
 """
 
 from __future__ import annotations

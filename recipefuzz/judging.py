@@ -14,7 +14,7 @@ from recipefuzz.engines.job import Job, run
 from recipefuzz.engines.rehearse import rehearse
 from recipefuzz.engines.select import open_engine
 from recipefuzz.errors import InputError, Place, did_you_mean
-from recipefuzz.recipe import AXES, Recipe, Scalar
+from recipefuzz.recipe import AXES, Recipe, Scalar, is_finite
 from recipefuzz.report.tables import VERDICT_COLUMNS, verdicts_frame
 from recipefuzz.result import Phase, TrialResult
 from recipefuzz.searching import Listener, Silent, as_config, to_result
@@ -141,9 +141,10 @@ def parse_cell(axis: str, cell: Any) -> Scalar:
         return text.lower() == "true"
     for kind in (int, float):
         try:
-            return kind(text)
+            number = kind(text)
         except ValueError:
             continue
+        return number if is_finite(number) else text
     return text
 
 

@@ -1,9 +1,9 @@
 """The study's store: ask, record, tell, resume. The only file that knows Optuna's storages and samplers.
 
-The order of events is fixed. The recipe of trial n is asked for when exactly the trials 0 .. n - window have been told,
-whatever finished meanwhile: results that come early are recorded at once (nothing finished is ever lost) but shown to the
-sampler in their turn. The sampler's generator is seeded anew for every trial. So the trials of a study depend neither on
-the number of workers nor on how often it was killed and resumed.
+The order of events is fixed. The recipe of trial n is asked for when exactly the trials 0 .. n - window have been
+told, whatever finished meanwhile: results that come early are recorded at once (nothing finished is ever lost) but shown
+to the sampler in their turn. The sampler's generator is seeded anew for every trial. So the trials of a study depend
+neither on the number of workers nor on how often it was killed and resumed.
 """
 
 from __future__ import annotations

@@ -84,7 +84,7 @@ class Trace:
 
     def curve(self, points: int) -> list[float]:
         """The loss averaged over `points` equal stretches (fewer for a shorter run)."""
-        finite = self.loss[np.isfinite(self.loss)]
+        finite = np.clip(self.loss[np.isfinite(self.loss)], -1e300, 1e300)  # so that a mean is finite, too
         if not len(finite):
             return []
         parts = np.array_split(finite, min(points, len(finite)))

@@ -7,7 +7,7 @@ skill. These kinds of evidence are heard, in this order:
 * skill is there and not sinking: `converging`;
 * skill is rising, and on its present course will be there by the horizon: `converging`. Within the short budget the
   course is at most a straight line; after it, a curve that gets steeper is believed, which is how plateaus end;
-* skill is there in part, and levels off, or has not got further in two budgets and a half: the course decides;
+* skill is there in part, and levels off, or has not got further in two budgets: the course decides;
 * the weights hardly move, and so the loss can't get there. To first order a step changes the loss by at most
   |gradient| * |update|, and a model whose weights go less than a third of their size in all stays where that order
   holds (the "lazy" regime: Chizat, Oyallon, Bach, arXiv:1812.07956): `stalled`;
@@ -52,7 +52,10 @@ LAZY = 0.3  # way of the weights, relative to their size, on which the loss is l
 ALIVE = 0.5  # way that a run must be able to go before it is expected to get anywhere new
 SWOLLEN = 1.5  # growth of the weights that no useful run shows before it has learned anything
 WEAK = 25.0  # reach under which a flat run is given up: noisy steps go one part in twenty-five downhill at best
-EARLY, HALFWAY, FLAT_FOR, PATIENCE = 0.25, 0.5, 1.5, 2.5  # short budgets after which a rule is heard
+EARLY, HALFWAY, LATE, FLAT_FOR, PATIENCE = 0.25, 0.5, 0.75, 1.5, 2.25  # short budgets after which a rule is heard
+HUGE = 1e6  # times the baseline: a loss that may yet overflow
+GROWTH = 3.0  # factor by which gradients are allowed to grow where the weights do move
+BURST = 100.0  # times its median that a gradient norm is called to have burst
 VANISHED = 1e-3  # gradient, relative to the first steps', that is called vanished
 
 
@@ -105,9 +108,10 @@ def judge(trace: Trace, baseline: float, budget: Budget, *, whole: bool = False)
         budget: what the run may have.
         whole: leave a run that converges open until the end of the short budget.
     """
-    if trace.first_bad is not None:
-        return _not_finite(trace)
-    e = weigh(trace, baseline, budget.steps, budget.limit)
+    with np.errstate(all="ignore"):  # finite runs reach 1e38, whose squares are inf: nothing is decided by them
+        if trace.first_bad is not None:
+            return _not_finite(trace)
+        e = weigh(trace, baseline, budget.steps, budget.limit)
     if e is None:
         return _too_short(trace) if trace.steps >= budget.limit else None
     verdict = next((v for rule in RULES if (v := rule(e)) is not None), None)
@@ -117,7 +121,7 @@ def judge(trace: Trace, baseline: float, budget: Budget, *, whole: bool = False)
 
 
 def _learned(e: Evidence) -> Verdict | None:
-    enough = LEARNED if e.used < 1 else SOME
+    enough = LEARNED if e.used < LATE else SOME
     if e.now.low < enough or e.sinking:
         return None
     return _converging(e, f"skill {e.now.mean:.2f} after {e.steps} steps")
@@ -135,11 +139,14 @@ def _rising(e: Evidence) -> Verdict | None:
 
 def _levels_off(e: Evidence) -> Verdict | None:
     sure = e.skill.gain.mean >= SURE * e.skill.gain.error
-    if e.used < 1 or not sure or e.recent.low <= SHOWN or e.skill.power > 1:
+    soon = LATE if e.recent.low > SHOWN else 1.0
+    if e.used < soon or not sure or e.recent.low <= -SOME or e.skill.power > ROOT:
         return None
-    end = e.skill.at_end()
+    end = e.skill.at_end(least=0.0)
     text = f"skill {e.recent.mean:.2f} after {e.steps} steps and levelling off at about {end:.2f}"
-    return _converging(e, text) if end >= MIDDLE else _stalled(e, text, "lr_too_low")
+    if end < MIDDLE:
+        return _stalled(e, text, "lr_too_low")
+    return _converging(e, text) if e.recent.low > SHOWN else None
 
 
 def _out_of_patience(e: Evidence) -> Verdict | None:
@@ -154,15 +161,16 @@ def _out_of_patience(e: Evidence) -> Verdict | None:
 
 
 def _hardly_moves(e: Evidence) -> Verdict | None:
-    if e.path >= LAZY:
-        return None
     text = (
-        f"skill {e.recent.mean:.3f} after {e.steps} steps; the weights move by {e.path:.1g} of their size "
-        f"in {e.horizon} steps, too little to get anywhere"
+        f"skill {e.recent.mean:.3f} after {e.steps} steps, and {e.horizon} such steps are too small to get anywhere: "
+        f"they move the weights by {e.path:.1g} of their size, and the loss by {e.reach:.1g} of the baseline at most"
     )
-    if e.recent.high + e.reach < SOME or (e.used >= EARLY and not _may_get_there(e)):
+    lazy = e.path < LAZY
+    growth = 1.0 if lazy or e.used >= 1 else GROWTH
+    out_of_reach = e.recent.high + growth * e.reach < SOME and (lazy or e.used >= HALFWAY)
+    if out_of_reach or (lazy and e.used >= EARLY and not _may_get_there(e)):
         return _stalled(e, text, "lr_too_low")
-    if e.used >= HALFWAY and not _will_get_there(e):
+    if lazy and e.used >= HALFWAY and not _will_get_there(e):
         return _stalled(e, text, "lr_too_low")
     return None
 
@@ -173,22 +181,28 @@ def _may_get_there(e: Evidence) -> bool:
 
 
 def _will_get_there(e: Evidence) -> bool:
-    """By its mean course, if it goes up at all. Slow parts of a model learn after the fast ones have levelled
-    off, so no course is called flatter than a logarithm.
+    """By its mean course, if it goes up at all.
+
+    Slow parts of a model learn after the fast ones have levelled off: no course is called flatter than a logarithm.
     """
     course, goal = (e.log_loss, 0.0) if e.recent.high < FAR_BELOW else (e.skill, MIDDLE)
     return max(course.at_end(least=0.0, most=1.0), course.last.mean) >= goal
 
 
 def _blown_up(e: Evidence) -> Verdict | None:
-    if e.used < HALFWAY or e.now.high >= FAR_BELOW or e.falling:
+    if e.used < HALFWAY or e.now.high >= FAR_BELOW or e.falling or _may_overflow(e):
         return None
-    times = np.exp(-e.log_loss.last.mean)
+    times = np.exp(min(-e.log_loss.last.mean, 700.0))
     return _stalled(e, f"the loss is {times:.3g} times a constant prediction's and no longer falls", "lr_too_high")
 
 
+def _may_overflow(e: Evidence) -> bool:
+    """A loss so high that the short budget must show whether it stays finite."""
+    return e.used < 1 and -e.log_loss.last.mean >= np.log(HUGE)
+
+
 def _thrown(e: Evidence) -> Verdict | None:
-    if e.swell < SWOLLEN:
+    if e.swell < SWOLLEN or _may_overflow(e):
         return None
     text = f"no better than a constant prediction; the weights were thrown to {e.swell:.3g} times their size"
     if e.used >= HALFWAY and e.half.high < FLAT and not e.falling:
@@ -236,9 +250,6 @@ def _not_finite(trace: Trace) -> Verdict:
     if trace.steps > 1 and burst and np.isfinite(usual):
         return Verdict(Label.NAN, f"{text}; the gradient burst from {usual:.3g}", "exploding_gradients", evidence)
     return Verdict(Label.NAN, text, "unknown", evidence)
-
-
-BURST = 100.0  # times its median that a gradient norm is called to have burst
 
 
 def _too_short(trace: Trace) -> Verdict:

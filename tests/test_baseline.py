@@ -195,7 +195,8 @@ def test_losses_that_depend_on_the_batch_size(batch_size):
     _, constant = constant_of(lambda o, y: ((o[:, 0] - y) ** 2).sum(), NUMBERS, torch.zeros(5, 1), batch_size)
     assert constant.loss == pytest.approx(batch_size * SPREAD, rel=1e-4)
     _, constant = constant_of(lambda o, y: (o.mean() - y.mean()) ** 2, NUMBERS, torch.zeros(5, 1), batch_size)
-    assert constant.loss == pytest.approx(SPREAD / batch_size, rel=0.5) if batch_size < 100 else constant.loss < 1e-6
+    assert constant.loss < 1.5 * SPREAD / batch_size
+    assert constant.loss > 0.5 * SPREAD / batch_size or batch_size > 100  # few batches differ by chance, or not at all
 
 
 @pytest.mark.parametrize("batch_size", [8, 64, 99, 100, 130, 3000])

@@ -86,7 +86,8 @@ def test_a_run_that_is_complete_is_not_trained_again(study: dict) -> None:
     journal = (first.folder / "study.journal").read_bytes()
     second = recipefuzz.search(study)
     assert same(first.trials, second.trials)
-    assert (first.folder / "study.journal").read_bytes() == journal
+    added = (first.folder / "study.journal").read_bytes().removeprefix(journal)
+    assert not added, added
 
 
 def test_more_trials_continue_the_run(study: dict) -> None:

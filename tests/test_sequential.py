@@ -601,18 +601,6 @@ def test_jobs_are_trained_in_order():
     assert engine.collect() == []
 
 
-def test_checkpoints_can_end_a_trial():
-    def stop():
-        asked.append(1)
-        if len(asked) == 3:
-            raise SystemExit
-
-    asked = []
-    engine = SequentialEngine(task_of(), Budget(24, 0), CPU, stop)
-    with pytest.raises(SystemExit, match="^$"):
-        engine.train(Job(0, recipe(), 0))
-
-
 # --- the truth set's own loop
 
 

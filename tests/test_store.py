@@ -48,6 +48,14 @@ SPACE = Space(
 META = {"study": "test"}
 
 
+@pytest.fixture(autouse=True, scope="module")
+def no_fsync() -> Iterator[None]:
+    """Nobody pulls the plug here, and on a busy disk a sync takes longer than all the rest."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda _: None)
+        yield
+
+
 def outcome(asked: Asked) -> TrialResult:
     """A pure function of the recipe, as a trial is: a NaN region, a stalled one, some errors, and a hill."""
     lr, width = math.log10(asked.values["lr"]), asked.values["width"]
@@ -172,9 +180,14 @@ def test_sampler_draws_from_the_space_and_differs_from_trial_to_trial(plain, sam
 
 def test_gp_sampler(tmp_path):
     """Ten trials at random, as Optuna has it, and one by the model: it takes a second and needs torch."""
-    results = drive(tmp_path / "journal", config(11, "gp", window=1))
-    assert [r.trial for r in results] == list(range(11))
-    assert all(SPACE.contains(r.values) for r in results)
+    with opened(tmp_path / "journal", config(11, "gp", window=1)) as study:
+        while asked := study.refill():
+            for trial in asked:
+                verdict = outcome(trial).verdict or "stalled"  # the model wants ten that completed
+                study.record(TrialResult(trial.number, Phase.SEARCH, 0, dict(trial.values), verdict, score=0.5))
+    assert [r.trial for r in study.results] == list(range(11))
+    assert all(SPACE.contains(r.values) for r in study.results)
+    assert "optuna._gp.gp" in sys.modules
 
 
 def test_samplers_and_seeds_differ(plain):
@@ -270,23 +283,24 @@ def batches(data: bytes) -> list[int]:
 
 @pytest.mark.parametrize("last", ["asked", "recorded"])
 def test_a_file_cut_at_any_byte_of_its_last_batch_is_as_if_that_had_not_been_written(tmp_path, plain, last):
-    search, path = config(5, "random", window=2), tmp_path / "journal"
+    search, path = config(4, window=1), tmp_path / "journal"
     with opened(path, search) as study:
-        for trial in study.refill():
-            study.record(outcome(trial))
-        asked = study.refill()
+        study.record(outcome(*study.refill()))
+        (asked,) = study.refill()
         if last == "recorded":
-            study.record(outcome(asked[0]))
+            study.record(outcome(asked))
     whole = path.read_bytes()
     *_, start, end = batches(whole)
     assert end == len(whole)
     for size in range(start, end):
         path.write_bytes(whole[:size])
-        with opened(path, search) as study:
-            assert path.read_bytes() == whole[:start]
-            assert [r.trial for r in study.results] == [0, 1]
-            if size % 16 == 0 or whole[size - 1 : size] == b"\n":
-                assert [dict(t.values) for t in study.refill()] == [dict(r.values) for r in plain(search)[2:4]]
+        store = Store(path, write=True)
+        assert path.read_bytes() == whole[:start]
+        assert [r.trial for r in store.results()] == [0]
+        if size % 32 == 0 or whole[size - 1 : size] == b"\n":
+            study = store.begin(META, SPACE, search)
+            assert [dict(t.values) for t in study.refill()] == [dict(plain(search)[1].values)]
+        store.close()
     assert same(drive(path, search), plain(search))
 
 
@@ -470,6 +484,16 @@ class Disk:
         return self.file.fileno()
 
 
+def test_what_is_recorded_is_synced(tmp_path, monkeypatch):
+    with opened(tmp_path / "journal", config(2)) as study:
+        asked, synced = study.refill(), []
+        monkeypatch.setattr(os, "fsync", lambda _: synced.append((tmp_path / "journal").stat().st_size))
+        for trial in asked:
+            study.record(outcome(trial))
+            assert synced[-1] == (tmp_path / "journal").stat().st_size
+        assert len(synced) == 2
+
+
 def test_short_writes_are_written_to_their_end(tmp_path, plain):
     store = Store(tmp_path / "journal", write=True)
     store._journal._file = Disk(file := store._journal._file, 10**9, at_most=100)
@@ -607,7 +631,8 @@ def share_of_failing(seed: int, *, as_fail: bool) -> float:
 def test_tpe_spends_fewer_trials_on_failing_recipes_than_if_it_were_told_that_they_failed():
     """Optuna's samplers ignore failed trials (optuna issue 332), so they return to the bad region.
 
-    Observed over these seeds (Optuna 5.0): OURS against FAIL; picking at random fails in 0.72.
+    Observed over these seeds with Optuna 5.0: 0.52 (0.47 to 0.57) of the trials against 0.75 (0.72 to 0.80); over
+    eight others 0.53 against 0.76. A recipe picked at random fails in 0.72: told FAIL, tpe is no better than chance.
     """
     seeds = range(4)
     ours = [share_of_failing(seed, as_fail=False) for seed in seeds]

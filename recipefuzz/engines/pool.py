@@ -73,9 +73,9 @@ class PoolEngine:
     def _hand_out(self) -> None:
         for worker in self._workers.values():
             if self._waiting and worker.ready and worker.job is None:
-                worker.job, worker.since = self._waiting.popleft(), time.monotonic()
-                with contextlib.suppress(OSError):  # it died: seen and said in collect
-                    worker.pipe.send(worker.job)
+                with contextlib.suppress(OSError):  # it died between two trials: seen in collect, and costs none
+                    worker.pipe.send(self._waiting[0])
+                    worker.job, worker.since = self._waiting.popleft(), time.monotonic()
 
     def collect(self) -> list[Outcome]:
         """Wait for outcomes.
@@ -130,6 +130,7 @@ class PoolEngine:
     def close(self) -> None:
         for worker in self._workers.values():
             _end(worker)
+        self._workers.clear()
         self._waiting.clear()
 
 

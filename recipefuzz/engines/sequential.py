@@ -1,14 +1,14 @@
 """The reference engine: one recipe at a time, in plain PyTorch. What it computes is what a trial *is*.
 
-The step loop never asks the device a question (no `.item()`, no `if tensor`): losses, norms and flags stay on the device
-and are read once a chunk, at the checkpoints where the verdict is asked for.
+The step loop never asks the device a question (no `.item()`, no `if tensor`): losses, norms and flags stay there and are
+read once a chunk, at the checkpoints where the verdict is asked for.
 """
 
 from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -73,13 +73,11 @@ def train(
     budget: Budget,
     device: torch.device,
     constant: Constant,
-    at_checkpoint: Callable[[], None],
 ) -> Outcome:
     """Run one trial until its verdict is known.
 
     Args:
         constant: the best constant prediction, from which skill is counted.
-        at_checkpoint: called between chunks; may raise to end the trial.
 
     Raises:
         Exception: whatever the user's model, loss or data raise.
@@ -93,7 +91,6 @@ def train(
         stepper = Stepper(model, task.loss, job.recipe, device)
         order = prepare.BatchOrder(len(train_rows), job.recipe.batch_size, job.seed)
         for end in budget.checkpoints():
-            at_checkpoint()
             batches = order.draw(end - trace.steps_run, device)
             trace = trace.extended(_chunk(task, stepper, train_rows, batches, constant))
             if trace.first_bad is None and budget.evaluates_at(end):
@@ -146,15 +143,8 @@ def flushed_denormals() -> Iterator[None]:
 class SequentialEngine:
     """Trains jobs one after the other in this very process: for debugging, and for the processes of the pool."""
 
-    def __init__(
-        self,
-        task: Task,
-        budget: Budget,
-        device: torch.device,
-        at_checkpoint: Callable[[], None] | None = None,
-    ) -> None:
+    def __init__(self, task: Task, budget: Budget, device: torch.device) -> None:
         self._task, self._budget, self._device = task, budget, device
-        self._at_checkpoint = at_checkpoint or _nothing
         self._baselines = Baselines(task, device)
         self._waiting: deque[Job] = deque()
 
@@ -171,7 +161,7 @@ class SequentialEngine:
         """Train now. An exception of the user's code, or a lack of memory, is an outcome too."""
         try:
             constant = self._baselines.of(job.recipe)
-            return train(self._task, job, self._budget, self._device, constant, self._at_checkpoint)
+            return train(self._task, job, self._budget, self._device, constant)
         except Exception as error:
             kind = "out of memory: " if _is_lack_of_memory(error) else ""
             return Outcome(job, Trace(), None, error=kind + describe_exception(error))
@@ -180,6 +170,3 @@ class SequentialEngine:
 def _is_lack_of_memory(error: Exception) -> bool:
     """Python's own, a GPU's, or torch's on the CPU, which has no class of its own."""
     return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "DefaultCPUAllocator" in str(error)
-
-
-def _nothing() -> None: ...

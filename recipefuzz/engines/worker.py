@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import os
 import signal
+import threading
 from multiprocessing.connection import Connection
 
 import torch
@@ -17,9 +20,10 @@ from recipefuzz.verdict import Budget
 def serve(pipe: Connection, config: Config, budget: Budget, device: str) -> None:
     """Train what comes in until the pipe is closed. Ctrl-C is the parent's business."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_leave_with_parent, daemon=True).start()
     torch.set_num_threads(1)
     try:
-        engine = SequentialEngine(resolve(config), budget, torch.device(device), lambda: _leave_if_abandoned(pipe))
+        engine = SequentialEngine(resolve(config), budget, torch.device(device))
     except RecipefuzzError as error:
         pipe.send(error)
         return
@@ -32,7 +36,8 @@ def serve(pipe: Connection, config: Config, budget: Budget, device: str) -> None
             return
 
 
-def _leave_if_abandoned(pipe: Connection) -> None:
-    """The parent sends nothing while a job is under way, so anything to read is the end of the pipe."""
-    if pipe.poll():
-        raise SystemExit
+def _leave_with_parent() -> None:
+    """End this process when its parent has ended: in the midst of a trial, too, and of one that hangs."""
+    if (parent := multiprocessing.parent_process()) is not None:
+        parent.join()
+        os._exit(1)

@@ -25,7 +25,7 @@ def picture(results: Sequence[TrialResult], space: Space) -> Group:
     for column in ("right", "right", "left"):
         grid.add_column(justify=column)
     for name, axis in space.axes:
-        grid.add_row(f"[bold]{name}[/]", *_line(name, axis, trials))
+        grid.add_row(Text(name, style="bold"), *_line(name, axis, trials))
     return Group(_legend(trials), grid)
 
 
@@ -74,9 +74,11 @@ def _block(trials: Sequence[TrialResult]) -> tuple[str, str]:
 
 
 def shown(value: Scalar) -> str:
-    """A recipe's value for people: three digits, null as in the config."""
+    """A recipe's value for people: three digits, null and truth values as in the config."""
     if value is None:
         return "null"
+    if isinstance(value, bool):
+        return str(value).lower()
     return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 

@@ -8,6 +8,7 @@ import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console, Group, RenderableType
 from rich.table import Table
@@ -22,6 +23,11 @@ from recipefuzz.result import Phase, TrialResult
 TOP = 8
 FAILURES = 5
 LOG_WIDTH = 140
+PLAIN: dict[str, Any] = {
+    "highlight": False,
+    "markup": False,
+    "emoji": False,
+}  # the user's words, such as [relu], as they are
 
 
 def summary(folder: Path, config: Config, results: Sequence[TrialResult], ranking: Sequence[Ranked]) -> RenderableType:
@@ -61,7 +67,7 @@ def _top(ranking: Sequence[Ranked], config: Config) -> list[RenderableType]:
             passed,
             _number(row.skill),
             _number(row.heldout_skill),
-            f"[green]{sparkline(row.trial.curve)}[/]",
+            Text(sparkline(row.trial.curve), style="green"),
             str(row.trial.trial),
             style="" if row.safe else "dim",
         )
@@ -108,12 +114,12 @@ def _number(value: float) -> str:
 
 def drawing(shown: RenderableType, title: str) -> str:
     """What the terminal shows as an SVG picture, without rich's fonts from the network."""
-    paper = Console(record=True, width=110, file=io.StringIO(), force_terminal=True)
+    paper = Console(record=True, width=110, file=io.StringIO(), force_terminal=True, **PLAIN)
     paper.print(shown)
     return re.sub(r"@font-face \{.*?\}", "", paper.export_svg(title=title), flags=re.DOTALL)
 
 
 def console(*, stderr: bool = False) -> Console:
     """Colours and width of the terminal; no wrapping in a batch job's log."""
-    screen = Console(stderr=stderr, highlight=False)
-    return screen if screen.is_terminal else Console(stderr=stderr, highlight=False, width=LOG_WIDTH)
+    screen = Console(stderr=stderr, **PLAIN)
+    return screen if screen.is_terminal else Console(stderr=stderr, width=LOG_WIDTH, **PLAIN)

@@ -1,0 +1,355 @@
+"""The pool of processes: the same outcomes as in this process, and a worker's end costs its own trial alone.
+
+A pool takes a second or three to start: the forkserver's torch is imported once for all tests here.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from recipefuzz.engines import pool, select
+from recipefuzz.engines.job import Job, run
+from recipefuzz.engines.pool import PoolEngine, died
+from recipefuzz.engines.sequential import SequentialEngine
+from recipefuzz.errors import InputError, RunFailedError
+from recipefuzz.targets.resolve import resolve
+from recipefuzz.trace import COLUMNS
+from recipefuzz.verdict import Budget
+
+pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="signals and /proc")
+
+BUDGET = Budget(24, 1)
+# rows and models that draw from all generators; a model whose third training step may be the process's last
+USERS_CODE = """
+import os, random, signal, time
+import numpy as np
+from torch.utils.data import Dataset
+
+class Drawing(Dataset):
+    def __len__(self): return 40
+    def __getitem__(self, i):
+        x, y, *_ = first()
+        return x[i] + torch.rand(3) + float(np.random.rand()) + random.random(), y[i]
+
+first = load
+def load(): return Drawing(), Drawing()
+
+class Fated(nn.Sequential):
+    def forward(self, x):
+        self.steps = getattr(self, "steps", 0) + self.training
+        if self.steps == 3:
+            self.fates[self.fate]()
+        return super().forward(x)
+    fates = {
+        "train": lambda: None,
+        "raise": lambda: [][0],
+        "exit": lambda: os._exit(3),
+        "kill": lambda: os.kill(os.getpid(), signal.SIGKILL),
+        "crash": lambda: os.kill(os.getpid(), signal.SIGSEGV),
+        "hang": lambda: time.sleep(1000),
+    }
+
+def build(fate="train", width=4):
+    model = Fated(nn.Linear(3, width), nn.BatchNorm1d(width), nn.Dropout(0.2), nn.Linear(width, 1))
+    model.fate = fate
+    return model
+"""
+RECIPES = [
+    {"lr": 0.1},
+    {"lr": 0.01, "optimizer": "adam", "norm": "layer"},
+    {"lr": 1e30},
+    {"lr": 0.1, "fate": "raise"},
+    {"lr": 0.1, "optimizer": "momentum", "precision": "bf16", "init_scale": 3, "clip_norm": 1},
+    {"lr": 0.1, "norm": "rms", "input_norm": "standardize", "target_norm": "minmax", "batch_size": 7},
+    {"lr": 1e-5, "width": 9},
+]
+
+
+def jobs_of(config, recipes):
+    return [Job(key, config.recipe_of(values), seed=key % 3) for key, values in enumerate(recipes)]
+
+
+def of_pool(config, jobs, workers, timeout=None):
+    engine = PoolEngine(config, BUDGET, ["cpu"] * workers, timeout)
+    try:
+        return {outcome.job.key: outcome for outcome in run(engine, jobs)}
+    finally:
+        engine.close()
+
+
+def of_this_process(config, jobs):
+    engine = SequentialEngine(resolve(config), BUDGET, torch.device("cpu"))
+    return {outcome.job.key: outcome for outcome in run(engine, jobs)}
+
+
+def bits(outcome):
+    trace = outcome.trace
+    columns = [getattr(trace, column).tobytes() for column in COLUMNS]
+    return outcome.job, columns, trace.heldout, trace.first_bad, outcome.error, repr(outcome.verdict), outcome.baseline
+
+
+def line_of(text, config):
+    return (config.folder / "case.py").read_text().partition(text)[0].count("\n") + 1
+
+
+def alive(pid):
+    """Whether a process is there and has not ended (a zombie has, and waits for its parent to hear of it)."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def gone(pids, seconds=10.0):
+    end = time.monotonic() + seconds
+    while any(map(alive, pids)):
+        if time.monotonic() > end:
+            return False
+        time.sleep(0.05)
+    return True
+
+
+def pids_of(engine):
+    return [w.process.pid for w in engine._workers.values()]
+
+
+@pytest.mark.parametrize("loss", ["mse", "case:loss"])
+@pytest.mark.parametrize("workers", [1, 2, 3])
+def test_outcomes_are_those_of_the_sequential_engine(write_study, workers, loss):
+    config = write_study(USERS_CODE, "trial: {batch_size: 8}\n", loss=loss)
+    jobs = jobs_of(config, RECIPES)
+    expected = of_this_process(config, jobs)
+    found = of_pool(config, jobs, workers)
+    assert sorted(found) == sorted(expected) == list(range(len(jobs)))
+    for key, outcome in found.items():
+        theirs = bits(expected[key])
+        assert repr(bits(outcome)) == repr(theirs), RECIPES[key]
+    assert expected[2].trace.first_bad is not None
+    assert expected[3].error == f"IndexError: list index out of range (case.py:{line_of('[][0]', config)})"
+
+
+def test_jobs_may_come_while_others_are_under_way(write_study):
+    config = write_study(USERS_CODE)
+    engine = PoolEngine(config, BUDGET, ["cpu"] * 2, None)
+    jobs = jobs_of(config, [{"lr": 0.1}] * 9)
+    done = []
+    try:
+        for job in jobs[:3]:
+            engine.submit(job)
+        while outcomes := engine.collect():
+            done += [o.job.key for o in outcomes]
+            for job in jobs[len(done) + 2 : len(done) + 3]:
+                engine.submit(job)
+        assert engine.collect() == []
+    finally:
+        engine.close()
+    assert sorted(done) == list(range(len(done)))
+    assert len(done) == 9
+
+
+def test_a_trial_that_ends_its_worker_costs_itself_alone(write_study, monkeypatch):
+    monkeypatch.setattr(pool, "POLL_SECONDS", 0.2)
+    config = write_study(USERS_CODE, "trial: {batch_size: 8}\n")
+    fates = ["train", "exit", "train", "kill", "hang", "train", "crash", "raise", "train"]
+    jobs = jobs_of(config, [{"lr": 0.1, "fate": fate} for fate in fates])
+    expected = of_this_process(config, [j for j, fate in zip(jobs, fates, strict=True) if fate == "train"])
+    found = of_pool(config, jobs, workers=2, timeout=4.0)
+    assert sorted(found) == list(range(len(jobs)))
+    errors = {fates[key]: outcome.error for key, outcome in found.items() if fates[key] != "train"}
+    assert errors == {
+        "exit": "killed: the worker process ended with exit code 3",
+        "kill": "killed: the worker process got SIGKILL: probably out of memory",
+        "crash": "killed: the worker process got SIGSEGV",
+        "hang": "timeout: not done after 4 s (trial.timeout)",
+        "raise": f"IndexError: list index out of range (case.py:{line_of('[][0]', config)})",
+    }
+    assert found[fates.index("hang")].seconds >= 4
+    for key, outcome in expected.items():
+        assert bits(found[key]) == bits(outcome)
+
+
+def test_a_worker_that_dies_between_trials_costs_none(write_study, monkeypatch):
+    monkeypatch.setattr(pool, "POLL_SECONDS", 0.2)
+    config = write_study(USERS_CODE)
+    job = jobs_of(config, [{"lr": 0.1}])[0]
+    engine = PoolEngine(config, BUDGET, ["cpu"], None)
+    try:
+        first = list(run(engine, [job]))
+        for _ in range(2):
+            os.kill(pids_of(engine)[0], signal.SIGKILL)
+            assert engine._workers[0].pipe.poll(10)  # its end of the pipe is closed
+            again = list(run(engine, [job]))
+            assert [bits(o) for o in again] == [bits(o) for o in first]
+            assert first[0].error == ""
+    finally:
+        engine.close()
+
+
+def test_close_leaves_no_processes(write_study):
+    config = write_study(USERS_CODE)
+    engine = PoolEngine(config, BUDGET, ["cpu"] * 3, None)
+    for job in jobs_of(config, [{"lr": 0.1}, {"fate": "hang"}, {"fate": "hang"}, {"lr": 0.1}]):
+        engine.submit(job)
+    assert engine.collect()
+    pids = pids_of(engine)
+    assert all(map(alive, pids))
+    started = time.monotonic()
+    engine.close()
+    assert not any(map(alive, pids))
+    assert time.monotonic() - started < 5
+    assert engine.collect() == []
+
+
+def test_close_while_workers_are_starting(write_study):
+    engine = PoolEngine(write_study(USERS_CODE), BUDGET, ["cpu"] * 2, None)
+    pids = pids_of(engine)
+    engine.close()
+    assert not any(map(alive, pids))
+
+
+@pytest.mark.parametrize(
+    ("code", "error", "message"),
+    [
+        (
+            "raise OSError('only there')",
+            InputError,
+            r"(?s)config\.yaml:2: target\.data: importing case raised OSError.*case\.py",
+        ),
+        ("import os; os._exit(7)", RunFailedError, "a worker process ended while starting: .* ended with exit code 7"),
+    ],
+)
+def test_a_target_that_workers_can_not_load(write_study, code, error, message):
+    """What works in this process need not in another: a file that is gone, a library that allows one copy."""
+    config = write_study(code)
+    engine = PoolEngine(config, BUDGET, ["cpu"], None)
+    pids = pids_of(engine)
+    try:
+        engine.submit(Job(0, config.default_recipe(), 0))
+        with pytest.raises(error, match=message):
+            engine.collect()
+    finally:
+        engine.close()
+    assert gone(pids)
+
+
+PARENT = """
+import sys, time
+from recipefuzz.config import load_config
+from recipefuzz.engines.pool import PoolEngine, forkserver
+from recipefuzz.engines.job import Job
+from recipefuzz.verdict import Budget
+
+config = load_config(sys.argv[1])
+engine = PoolEngine(config, Budget(10**6, 0), ["cpu"] * 3, None)
+engine.submit(Job(0, config.recipe_of({"lr": 1e-9}), 0))
+engine.submit(Job(1, config.recipe_of({"fate": "hang"}), 0))
+while sum(w.job is not None for w in engine._workers.values()) < 2 or not all(w.ready for w in engine._workers.values()):
+    for slot, worker in engine._workers.items():
+        if worker.pipe.poll(0.05):
+            engine._check(slot, [worker.pipe])
+    engine._hand_out()
+pids = [w.process.pid for w in engine._workers.values()] + [forkserver._forkserver._forkserver_pid]
+time.sleep(1)
+print(*[p for p in pids if p], flush=True)
+time.sleep(1000)
+"""
+
+
+def test_workers_leave_when_the_parent_is_killed(write_study):
+    """One is in the midst of a long trial, one hangs, one is idle."""
+    config = write_study(USERS_CODE)
+    command = [sys.executable, "-c", PARENT, str(config.folder / "config.yaml")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=config.folder) as parent:
+        pids = [int(pid) for pid in parent.stdout.readline().split()]
+        try:
+            assert len(pids) >= 3
+            assert all(map(alive, pids))
+            parent.kill()
+            assert gone(pids, 10)
+        finally:
+            parent.kill()
+            for pid in filter(alive, pids):
+                os.kill(pid, signal.SIGKILL)
+
+
+SCRIPT = """
+from pathlib import Path
+with open("ran", "a") as file:
+    file.write("once\\n")
+import recipefuzz
+result = recipefuzz.search({
+    "study": "small",
+    "target": {"data": "case:load", "model": "case:build", "loss": "mse"},
+    "space": {"lr": {"low": 1e-3, "high": 1, "log": True}},
+    "trial": {"steps": 16, "batch_size": 8},
+    "search": {"trials": 4, "confirm": {"top": 0}},
+    "run": {"workers": 2},
+})
+print(len(result.trials), __name__, Path(__file__).name)
+"""
+
+
+def test_a_script_without_a_main_guard(write_study):
+    folder = write_study().folder
+    (folder / "script.py").write_text(SCRIPT)
+    done = subprocess.run([sys.executable, "script.py"], capture_output=True, text=True, check=False, cwd=folder)
+    assert (done.returncode, done.stdout.split()) == (0, ["4", "__main__", "script.py"]), done.stderr
+    assert (folder / "ran").read_text() == "once\n"
+
+
+@pytest.mark.parametrize(
+    ("code", "reason"),
+    [
+        (1, "killed: the worker process ended with exit code 1"),
+        (0, "killed: the worker process ended with exit code 0"),
+        (-9, "killed: the worker process got SIGKILL: probably out of memory"),
+        (-6, "killed: the worker process got SIGABRT"),
+        (-999, "killed: the worker process got 999"),
+        (None, "killed: the worker process ended with exit code None"),
+    ],
+)
+def test_why_a_worker_ended(code, reason):
+    assert died(code) == reason
+
+
+# --- which engine, where
+
+
+@pytest.mark.parametrize(
+    ("device", "workers", "expected"),
+    [("cpu", "auto", ["cpu"] * 5), ("cpu", 3, ["cpu"] * 3), ("mps", "auto", ["mps"]), ("cuda:1", 2, ["cuda:1"] * 2),
+     ("cuda", "auto", ["cuda:0", "cuda:1"]), ("cuda", 3, ["cuda:0", "cuda:1", "cuda:0"])],
+)  # fmt: skip
+def test_a_worker_a_core_or_a_gpu(monkeypatch, device, workers, expected):
+    monkeypatch.setattr(select, "cores", lambda: 5)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert select.worker_devices(device, workers) == expected
+
+
+@pytest.mark.parametrize(
+    ("device", "problem", "shown"),
+    [
+        ("gpu", "not a device", "expected: auto, cpu, cuda, cuda:0, ... or mps"),
+        ("cpu:1", "not a device", "found:    cpu:1"),
+        ("cuda:x", "not a device", "found:    cuda:x"),
+        ("cuda", "this machine has no such device", "expected: it has a CPU only"),
+        ("cuda:2", "this machine has no such device", "fix:      device: auto"),
+    ],
+)
+def test_devices_that_are_not_there(write_study, monkeypatch, device, problem, shown):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    config = write_study(more=f"run: {{device: '{device}'}}\n")
+    with pytest.raises(InputError, match=rf"config\.yaml:5: run\.device: {re.escape(problem)}") as caught:
+        select.pick_device(config)
+    assert shown in str(caught.value)
+    assert select.pick_device(write_study()) == "cpu"
