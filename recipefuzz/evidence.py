@@ -139,6 +139,7 @@ class Evidence:
         return self.rising or self.fall.low > 0
 
 
+@np.errstate(all="ignore")  # finite runs reach 1e38, whose squares are inf: no rule decides by those
 def weigh(trace: Trace, baseline: float, short: int, horizon: int) -> Evidence | None:
     """The evidence of a run that is finite so far; None while it is too short for any.
 
@@ -174,13 +175,17 @@ def weigh(trace: Trace, baseline: float, short: int, horizon: int) -> Evidence |
 
 
 def skill_at_end(trace: Trace, baseline: float) -> float:
-    """Skill over the last eighth of a run (ten steps at least): 0 learned nothing, 1 perfect; NaN if empty."""
-    if not trace.steps:
+    """Skill over the last eighth of a run (ten steps at least): 0 learned nothing, 1 perfect.
+
+    NaN for a run that is empty or ended in something not finite.
+    """
+    if not trace.steps or trace.first_bad is not None:
         return float("nan")
     window = max(LEAST_WINDOW, trace.steps // 8)
     return skill_of(trace, baseline, slice(max(0, trace.steps - window), trace.steps)).mean
 
 
+@np.errstate(all="ignore")
 def skill_of(trace: Trace, baseline: float, steps: slice) -> Estimate:
     """1 - loss / constant's loss over some steps: a ratio of means.
 

@@ -108,10 +108,9 @@ def judge(trace: Trace, baseline: float, budget: Budget, *, whole: bool = False)
         budget: what the run may have.
         whole: leave a run that converges open until the end of the short budget.
     """
-    with np.errstate(all="ignore"):  # finite runs reach 1e38, whose squares are inf: nothing is decided by them
-        if trace.first_bad is not None:
-            return _not_finite(trace)
-        e = weigh(trace, baseline, budget.steps, budget.limit)
+    if trace.first_bad is not None:
+        return _not_finite(trace)
+    e = weigh(trace, baseline, budget.steps, budget.limit)
     if e is None:
         return _too_short(trace) if trace.steps >= budget.limit else None
     verdict = next((v for rule in RULES if (v := rule(e)) is not None), None)
@@ -233,6 +232,7 @@ def _horizon(e: Evidence) -> Verdict | None:
 RULES = (_learned, _rising, _levels_off, _out_of_patience, _hardly_moves, _blown_up, _thrown, _flat, _horizon)
 
 
+@np.errstate(all="ignore")
 def _not_finite(trace: Trace) -> Verdict:
     """NaN, with what the trace shows of its way there; where and why exactly needs a replay."""
     step = trace.first_bad or 0

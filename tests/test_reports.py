@@ -308,11 +308,11 @@ def test_buckets():
     assert (slow.verdict, slow.cause, slow.trials, slow.share) == ("stalled", "lr_too_low", 6, 6 / 16)
     assert (exploding.trials, exploding.where, exploding.example.trial, exploding.reason) == (
         4,
-        "lr > 2.6",
+        "lr > 2.5",
         2,
         "at step 2",
     )
-    assert str(exploding) == "4 trials: exploding_parameters (lr > 2.6)"
+    assert str(exploding) == "4 trials: exploding_parameters (lr > 2.5)"
     assert slow.where == "lr < 0.05"
     assert (error.verdict, error.trials, error.where) == ("error", 2, "")
     assert error.reason.endswith("xb")
