@@ -6,6 +6,7 @@ Not `search.py`, as the design has it: a submodule of that name would take the p
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -18,7 +19,7 @@ from recipefuzz.config import Config, load_config, parse_config
 from recipefuzz.engines.job import Engine, Job, Outcome, run
 from recipefuzz.engines.rehearse import rehearse
 from recipefuzz.engines.select import open_engine
-from recipefuzz.errors import InputError
+from recipefuzz.errors import InputError, RunFailedError
 from recipefuzz.ranking import Ranked, best, candidates, rank
 from recipefuzz.recipe import Recipe
 from recipefuzz.report.tables import ranking_frame, trials_frame
@@ -112,10 +113,19 @@ def search(
         try:
             _explore(config, study, engine, listener)
             _confirm(config, study, engine, listener)
+        except BaseException:
+            with contextlib.suppress(RunFailedError):  # a full disk: the first error is the one to show
+                _report(folder, config, study)
+            raise
         finally:
             engine.close()
-            result = SearchResult(folder.path, config, tuple(study.results))
-            write_reports(folder.path, config, result.results, result.ranked, result.winner)
+        return _report(folder, config, study)
+
+
+def _report(folder: RunFolder, config: Config, study: StudySearch) -> SearchResult:
+    """Write the tables of all that is finished."""
+    result = SearchResult(folder.path, config, tuple(study.results))
+    write_reports(folder.path, config, result.results, result.ranked, result.winner)
     return result
 
 

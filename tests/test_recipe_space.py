@@ -240,6 +240,8 @@ def test_position_table(axis, value, position):
 
 @steady
 @given(ranges(), st.integers(2, 30))
+@example(Range(-1.0, 1e-9), 2)  # -1 + (1e-9 + 1) is more than 1e-9
+@example(Range(0.0, 1.0, step=0.1), 30)  # 1 // 0.1 is 9
 def test_grid_is_made_of_distinct_rising_values_of_the_range_with_both_ends(axis, points):
     grid = axis.grid(points)
     assert len(grid) <= points

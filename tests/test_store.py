@@ -156,12 +156,13 @@ def test_with_stop_nothing_new_is_asked(tmp_path):
 def test_a_result_that_comes_twice_counts_once(tmp_path):
     with opened(tmp_path / "journal", config(4)) as study:
         (first, *_) = study.refill()
-        for _ in range(3):
-            study.record(outcome(first))
-        assert [r.trial for r in study.results] == [0]
-    with opened(tmp_path / "journal", config(4)) as study:
         study.record(outcome(first))
-        assert [r.trial for r in study.results] == [0]
+        study.record(TrialResult(0, Phase.SEARCH, 0, dict(first.values), error="came late"))
+        assert same(study.results, [outcome(first)])
+    with opened(tmp_path / "journal", config(4)) as study:
+        study.record(TrialResult(0, Phase.SEARCH, 0, dict(first.values), error="came later"))
+        assert same(study.results, [outcome(first)])
+    assert same(Store(tmp_path / "journal", write=False).results(), [outcome(first)])
 
 
 # --- every sampler

@@ -158,7 +158,8 @@ def _enter(pipe: Connection, config: Config, budget: Budget, device: str) -> Non
 def warm_up() -> None:
     """Start importing torch in the process that workers are forked from, while this one imports it too."""
     if _METHOD == "forkserver":
-        _CONTEXT.set_forkserver_preload(["recipefuzz.engines.worker"])
+        # torch's optimizers import torch._dynamo at their first step: a second, once instead of in each worker
+        _CONTEXT.set_forkserver_preload(["recipefuzz.engines.worker", "torch._dynamo"])
         with _without_main():
             forkserver.ensure_running()
 
