@@ -102,7 +102,7 @@ class SearchConfig(_Section):
     sampler: Samplers = "tpe"
     seed: Whole = 0
     time: Duration | None = None
-    window: Annotated[Count, Field(le=4096)] = 16
+    window: Literal["auto"] | Annotated[Count, Field(le=4096)] = "auto"
     grid_points: Annotated[Count, Field(ge=2, le=1000)] = 5
     confirm: ConfirmConfig = ConfirmConfig()
     rank_by: Literal["skill", "heldout_skill"] = "skill"

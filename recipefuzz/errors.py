@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 PACKAGE = str(Path(__file__).parent)
+RAISED = (Exception, SystemExit)  # what a user's code may raise: a script's sys.exit() too, but Ctrl-C is the user's
 STANDARD_LIBRARY = str(Path(traceback.__file__).parent)
 
 EXIT_BAD_ANSWER = 1  # the question was answered, and the answer is bad: no safe recipe

@@ -13,6 +13,7 @@ import contextlib
 import errno
 import json
 import os
+import time
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ except ImportError:  # Windows: no lock, so starting two searches in one folder 
     fcntl = None  # type: ignore[assignment]
 
 
+LOCK_TRIES = 10
 END = "end"  # the key that marks the last entry of a batch
 
 
@@ -60,7 +62,7 @@ class Journal:
         if fcntl is None:
             return file
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _lock(file)
         except BlockingIOError as error:
             file.close()
             raise at_work(self._path.parent) from error
@@ -104,6 +106,15 @@ class Journal:
     def close(self) -> None:
         if self._file is not None:
             self._file.close()
+
+
+def _lock(file: Any) -> None:
+    """Take the lock; `status` holds it for an instant to see whether it is free, so once is not enough."""
+    for _ in range(LOCK_TRIES):
+        with contextlib.suppress(BlockingIOError):
+            return fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        time.sleep(0.05)
+    return fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def is_locked(path: Path) -> bool:

@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
+from recipefuzz.evidence import skill_at_end
 from recipefuzz.recipe import Recipe, Scalar
 from recipefuzz.trace import Trace
-from recipefuzz.evidence import skill_at_end
 from recipefuzz.verdict import Budget, Label, Verdict
 
 CURVE_POINTS = 32  # of the loss curve that is kept: enough for a sparkline

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -151,4 +152,6 @@ def identity(config: Config, code: Mapping[str, str]) -> dict[str, Any]:
 
 
 def fingerprints(files: list[Path]) -> dict[str, str]:
-    return {file.name: hashlib.sha256(file.read_bytes()).hexdigest()[:12] for file in files}
+    """A digest of each file, by its path from the folder that holds them all."""
+    root = os.path.commonpath([file.parent for file in files]) if files else ""
+    return {os.path.relpath(file, root): hashlib.sha256(file.read_bytes()).hexdigest()[:12] for file in files}

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from recipefuzz.config import Config, load_config, parse_config
 from recipefuzz.engines.job import Engine, Job, Outcome, run
 from recipefuzz.engines.rehearse import rehearse
-from recipefuzz.engines.select import open_engine
+from recipefuzz.engines.select import ask_ahead, open_engine
 from recipefuzz.errors import InputError, RunFailedError
 from recipefuzz.ranking import Ranked, best, candidates, rank
 from recipefuzz.recipe import Recipe
@@ -141,7 +141,7 @@ def _opened(config: Config, fresh: bool) -> Iterator[tuple[RunFolder, StudySearc
     code = fingerprints(user_files(config))
     store = folder.open(config, code, fresh=fresh)
     try:
-        yield folder, store.begin(identity(config, code), config.axes, config.search)
+        yield folder, store.begin(identity(config, code), config.axes, config.search, ask_ahead(config))
     finally:
         store.close()
 

@@ -1,9 +1,9 @@
 """The study's store: ask, record, tell, resume. The only file that knows Optuna's storages and samplers.
 
 The order of events is fixed. The recipe of trial n is asked for when exactly the trials 0 .. n - window have been
-told, whatever finished meanwhile: results that come early are recorded at once (nothing finished is ever lost) but shown
-to the sampler in their turn. The sampler's generator is seeded anew for every trial. So the trials of a study depend
-neither on the number of workers nor on how often it was killed and resumed.
+told, whatever finished meanwhile: results that come early are recorded at once (nothing finished is ever lost) but
+shown to the sampler in their turn. The sampler's generator is seeded anew for every trial. So the trials of a study
+depend neither on the number of workers nor on how often it was killed and resumed.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from recipefuzz.result import Phase, TrialResult
 from recipefuzz.space import Axis, Choice, Range, Space
 from recipefuzz.verdict import Label
 
-RESULT, ELAPSED, META = "result", "elapsed", "recipefuzz"
+RESULT, ELAPSED, META, WINDOW = "result", "elapsed", "recipefuzz", "window"
 FINISHED = (TrialState.COMPLETE, TrialState.FAIL)
 
 optuna.logging.set_verbosity(logging.WARNING)
@@ -80,11 +80,18 @@ class Store:
         study = self._studies.get(Phase.SEARCH)
         return dict(study.user_attrs.get(META, {})) if study else {}
 
-    def begin(self, meta: Mapping[str, Any], space: Space, search: SearchConfig) -> StudySearch:
-        """Start or resume the search. `meta` (JSON) is kept with a new run."""
+    def begin(self, meta: Mapping[str, Any], space: Space, search: SearchConfig, window: int) -> StudySearch:
+        """Start or resume the search.
+
+        Args:
+            meta: (JSON) kept with a new run.
+            window: recipes that are asked for ahead of results. A run keeps the one that it began with, so that
+                a machine with more workers goes on with the same trials.
+        """
         studies = {phase: self._study(phase) for phase in Phase}
         if META not in studies[Phase.SEARCH].user_attrs:
             studies[Phase.SEARCH].set_user_attr(META, dict(meta))
+            studies[Phase.SEARCH].set_user_attr(WINDOW, window)
         self._journal.flush()
         return StudySearch(studies[Phase.SEARCH], studies[Phase.CONFIRM], self._journal, space, search)
 
@@ -125,6 +132,7 @@ class StudySearch:
     ) -> None:
         self._study, self._confirm, self._journal = study, confirm, journal
         self._space, self._search = space, search
+        self._window = int(study.user_attrs[WINDOW])
         self._distributions = {name: distribution(axis) for name, axis in space.axes}
         trials = study.get_trials(deepcopy=False)
         self._asked = len(trials)
@@ -146,7 +154,7 @@ class StudySearch:
         self._unfinished = []
         while True:
             wanted = not stop and self._asked < self.total
-            if wanted and self._asked - self._told < self._search.window:
+            if wanted and self._asked - self._told < self._window:
                 new.append(self._ask())
             elif self._told in self._recorded:
                 self._tell(self._told)
@@ -236,10 +244,7 @@ def objective(result: TrialResult) -> tuple[float, float]:
     score = min(max(result.score, 0.0), 1.0) if math.isfinite(result.score) else 0.0
     if result.verdict == Label.CONVERGING:
         return 1.0 - score, 0.0
-    if result.verdict == Label.STALLED:
-        violation = 1.0 - 0.9 * score
-    else:
-        violation = 1.0 + 1.0 / (result.first_bad or 1)
+    violation = 1.0 - 0.9 * score if result.verdict == Label.STALLED else 1.0 + 1.0 / (result.first_bad or 1)
     return 1.0 + violation, violation
 
 

@@ -934,7 +934,7 @@ def test_defaults(tmp_path):
             "sampler": "tpe",
             "seed": 0,
             "time": None,
-            "window": 16,
+            "window": "auto",
             "grid_points": 5,
             "confirm": {"top": 10, "seeds": 5},
             "rank_by": "skill",

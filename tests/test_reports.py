@@ -497,7 +497,7 @@ def run(folder: Path, made: Config, found: list[TrialResult], *, held: bool = Fa
     """The status of a run with these results."""
     run_folder = RunFolder(folder)
     store = run_folder.open(made, {}, fresh=False)
-    study = store.begin(identity(made, {}), made.axes, made.search)
+    study = store.begin(identity(made, {}), made.axes, made.search, 4)
     waiting = []
     for result in found:
         while result.phase is Phase.SEARCH and result.trial not in waiting:

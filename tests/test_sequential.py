@@ -534,6 +534,7 @@ RAISING = {
     "no message": ("def loss(o, y):\n    raise ValueError", "ValueError (case.py:20)"),
     "several lines": ("def loss(o, y):\n    raise ValueError('first\\nsecond')", "ValueError: first (case.py:20)"),
     "assertion": ("def loss(o, y):\n    assert len(o) == 3", "AssertionError (case.py:20)"),
+    "exit": ("def loss(o, y):\n    sys.exit('enough')\nimport sys", "SystemExit: enough (case.py:20)"),
     "memory": ("def loss(o, y):\n    raise MemoryError", "out of memory: MemoryError (case.py:20)"),
     "memory with a message": ("def loss(o, y):\n    raise MemoryError('1 TB')", "out of memory: MemoryError: 1 TB (case.py:20)"),
     "accelerator's memory": (
@@ -542,8 +543,7 @@ RAISING = {
     "cpu's memory": ("def loss(o, y):\n    return torch.empty(2**56)", "out of memory: RuntimeError: "),
     "deep": ("def deep(o):\n    return deep(o)\ndef loss(o, y): return deep(o)", "RecursionError: maximum recursion depth exceeded"),
     "backward": (
-        "class Bad(torch.autograd.Function):\n    @staticmethod\n    def forward(ctx, x): return x * 1\n"
-        "    @staticmethod\n    def backward(ctx, g): return g.absent\ndef loss(o, y): return Bad.apply(o).mean()",
+        "class Bad(torch.autograd.Function):\n    @staticmethod\n    def forward(ctx, x): return x * 1\n    @staticmethod\n    def backward(ctx, g): return g.absent\ndef loss(o, y): return Bad.apply(o).mean()",
         "AttributeError: 'Tensor' object has no attribute 'absent' (case.py:23)",
     ),
 }  # fmt: skip
@@ -559,6 +559,24 @@ def test_what_the_users_code_raises_is_the_outcome(write_study, code, error):
     assert outcome.verdict is None
     assert outcome.trace.steps == 0
     assert outcome.job.key == 0
+
+
+def test_a_trial_runs_on_one_thread_whatever_the_users_setting():
+    """Sums are rounded by their order: a trial in this process has the bits of one in the pool's processes."""
+
+    def loss(output, target):
+        during.append(torch.get_num_threads())
+        return functional.mse_loss(output, target)
+
+    during = []
+    try:
+        torch.set_num_threads(3)
+        outcome_of(task_of(loss=loss, kind="custom"))
+        outcome_of(task_of(loss=lambda *_: 1 / 0))
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(1)
+    assert set(during) == {1}
 
 
 def test_an_engine_goes_on_after_an_error():

@@ -77,7 +77,7 @@ def config(trials: int, sampler: str = "random", **more) -> SearchConfig:
 def opened(path: Path, search: SearchConfig, space: Space = SPACE) -> Iterator[StudySearch]:
     store = Store(path, write=True)
     try:
-        yield store.begin(META, space, search)
+        yield store.begin(META, space, search, search.window)
     finally:
         store.close()
 
@@ -299,7 +299,7 @@ def test_a_file_cut_at_any_byte_of_its_last_batch_is_as_if_that_had_not_been_wri
         assert path.read_bytes() == whole[:start]
         assert [r.trial for r in store.results()] == [0]
         if size % 32 == 0 or whole[size - 1 : size] == b"\n":
-            study = store.begin(META, SPACE, search)
+            study = store.begin(META, SPACE, search, search.window)
             assert [dict(t.values) for t in study.refill()] == [dict(plain(search)[1].values)]
         store.close()
     assert same(drive(path, search), plain(search))
@@ -333,11 +333,11 @@ def test_trials_raised_later_go_on(tmp_path):
 def test_what_a_run_was_begun_with_stays(tmp_path):
     store = Store(tmp_path / "journal", write=True)
     assert store.meta() == {}
-    store.begin({"a": [1, None]}, SPACE, config(3))
+    store.begin({"a": [1, None]}, SPACE, config(3), 4)
     store.close()
     store = Store(tmp_path / "journal", write=True)
     assert store.meta() == {"a": [1, None]}
-    store.begin({"b": 2}, SPACE, config(3))
+    store.begin({"b": 2}, SPACE, config(3), 4)
     store.close()
     assert Store(tmp_path / "journal", write=False).meta() == {"a": [1, None]}
 
@@ -453,7 +453,7 @@ def test_empty_and_torn_first_batches_begin_anew(tmp_path, plain):
     path, search = tmp_path / "journal", config(5, window=2)
     with opened(path, search):
         first = path.read_bytes()
-    assert first.count(b"\n") == 3
+    assert first.count(b"\n") == 4
     for size in range(0, len(first), 7):
         path.write_bytes(first[:size])
         with opened(path, search) as study:
@@ -498,7 +498,7 @@ def test_what_is_recorded_is_synced(tmp_path, monkeypatch):
 def test_short_writes_are_written_to_their_end(tmp_path, plain):
     store = Store(tmp_path / "journal", write=True)
     store._journal._file = Disk(file := store._journal._file, 10**9, at_most=100)
-    study = store.begin(META, SPACE, config(5, window=2))
+    study = store.begin(META, SPACE, config(5), 2)
     while asked := study.refill():
         for trial in asked:
             study.record(outcome(trial))
@@ -511,7 +511,7 @@ def test_short_writes_are_written_to_their_end(tmp_path, plain):
 def test_full_disk_leaves_the_file_as_it_was_and_the_store_usable(tmp_path, plain, room, stuck):
     path, search = tmp_path / "journal", config(5, window=2)
     store = Store(path, write=True)
-    study = store.begin(META, SPACE, search)
+    study = store.begin(META, SPACE, search, search.window)
     first, second = study.refill()
     study.record(outcome(first))
     whole, file = path.read_bytes(), store._journal._file
@@ -534,7 +534,7 @@ def test_full_disk_leaves_the_file_as_it_was_and_the_store_usable(tmp_path, plai
 def test_full_disk_then_another_process(tmp_path, plain):
     path, search = tmp_path / "journal", config(5, window=2)
     store = Store(path, write=True)
-    study = store.begin(META, SPACE, search)
+    study = store.begin(META, SPACE, search, search.window)
     store._journal._file = Disk(file := store._journal._file, 700, stuck=True)
     with pytest.raises(RunFailedError, match="No space left"):
         study.refill()
@@ -612,7 +612,7 @@ def failing(values) -> str:
 def share_of_failing(seed: int, *, as_fail: bool) -> float:
     """Of 60 trials of tpe; `as_fail` tells the same sampler FAIL where we tell it COMPLETE and infeasible."""
     bad = 0
-    search = SearchConfig(trials=60, seed=seed, sampler="tpe")
+    search = SearchConfig(trials=60, seed=seed, sampler="tpe", window=16)
     with (
         tempfile.TemporaryDirectory() as folder,
         opened(Path(folder) / "journal", search, LR_AND_SCALE) as study,
@@ -657,7 +657,7 @@ def study_config(folder: Path, **changes):
 def begin(config, code=None, *, fresh: bool = False) -> RunFolder:
     folder = RunFolder.of(config)
     store = folder.open(config, code or {}, fresh=fresh)
-    store.begin(identity(config, code or {}), config.axes, config.search)
+    store.begin(identity(config, code or {}), config.axes, config.search, 4)
     store.close()
     return folder
 

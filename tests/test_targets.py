@@ -146,6 +146,7 @@ RAISING = [
     ("from mine_too import it\n", "ImportError", 'mine.py", line 1', "from mine_too import it"),
     ("def f(:\n", "SyntaxError", 'mine.py", line 1', "def f(:"),
     ("import json\njson.loads('{')\n", "JSONDecodeError", 'mine.py", line 2', "json.loads('{')"),
+    ("import sys\nsys.exit(3)\n", "SystemExit", 'mine.py", line 2', "sys.exit(3)"),
     ("import helper_that_raises\n", "RuntimeError", 'helper_that_raises.py", line 2', "raise RuntimeError('deep')"),
 ]
 
@@ -351,13 +352,14 @@ BAD_DATA = [
     ("no test rows", LOADED + f"{ONES}, {ONES}, {ONES}[:0], {ONES}[:0]", "mse", "the test data have no rows", "expected: at least one row"),
     ("lengths", LOADED + f"{ONES}, {ONES}[:3], {ONES}, {ONES}", "mse", "inputs and targets of different lengths", "x_train has 4 rows, y_train has 3"),
     ("test lengths", LOADED + f"{ONES}, {ONES}, {ONES}, {ONES}[:1]", "mse", "inputs and targets of different lengths", "x_test has 4 rows, y_test has 1"),
+    ("exits", "import sys\ndef load():\n    sys.exit('no data')", "mse", "loading case:load raised SystemExit", "SystemExit: no data"),
     ("raises", "def load():\n    return open('absent.csv')", "mse", "loading case:load raised FileNotFoundError", "return open('absent.csv')"),
     ("iterable", DATASET.format("...").replace("Mine(Dataset):", "Mine(IterableDataset):\n    def __iter__(self): ..."), "mse", "the train Dataset has no length", "a map-style Dataset with __len__ and __getitem__"),
     ("no dataset rows", DATASET.format("...").replace("return 6", "return 0"), "mse", "the train data have no rows", "expected: at least one row"),
     ("rows of three", DATASET.format("return 1., 2., 3."), "mse", "reading the train Dataset raised ValueError", "a row of the Dataset is a tuple of 3, expected a pair: (input, target)"),
     ("rows of one", DATASET.format("return torch.ones(2)"), "mse", "reading the train Dataset raised ValueError", "a row of the Dataset is a Tensor of 2, expected a pair"),
     ("rows of names", DATASET.format("return {'x': 1., 'y': 2.}"), "mse", "reading the train Dataset raised ValueError", "a row of the Dataset is a dict of 2, expected a pair"),
-    ("rows that are numbers", DATASET.format("return 1."), "mse", "reading the train Dataset raised ValueError", "a row of the Dataset is a float32, expected a pair"),
+    ("rows that are numbers", DATASET.format("return 1."), "mse", "reading the train Dataset raised ValueError", "a row of the Dataset is a float, expected a pair"),
     ("rows that raise", DATASET.format("return [][i]"), "mse", "reading the train Dataset raised IndexError", "return [][i]"),
     ("rows of many lengths", DATASET.format("return torch.ones(i + 1), 1."), "mse", "reading the train Dataset raised RuntimeError", "equal size"),
     ("single class", LOADED + f"{ONES}, {LABELS} * 0 + 2, {ONES}, {LABELS}", "cross_entropy", "every training target is the same", "y_train is 2 in all 4 rows"),
@@ -450,6 +452,8 @@ BAD_CODE = [
     ("loss class with arguments", "class Loss(nn.Module):\n    def __init__(self, gamma): super().__init__()", "", "case:Loss", AT_LOSS, "making a case:Loss raised TypeError", "missing 1 required positional argument: 'gamma'"),
     ("loss class of no module", "class Loss: pass", "", "case:Loss", AT_LOSS, "a class that is no torch.nn.Module", "found:    case:Loss"),
     ("backward raises", "class Bad(torch.autograd.Function):\n    @staticmethod\n    def forward(ctx, x): return x * 1\n    @staticmethod\n    def backward(ctx, g): return g.absent\ndef loss(o, y): return Bad.apply(o).mean()", "", "case:loss", AT_LOSS, "the backward pass raised AttributeError", "return g.absent"),
+    ("test set of another shape", "def load(): return torch.ones(4, 3), torch.arange(4.), torch.ones(5, 2), torch.arange(5.)", "", "mse", AT_DATA, "an evaluation, given the test set's x of shape (5, 2) and y of shape (5,), raised RuntimeError", "(5x2 and 3x4)"),
+    ("test targets of another shape", "def load(): return torch.ones(4, 3), torch.arange(4.), torch.ones(5, 3), torch.ones(5, 2)", "", "mse", AT_DATA, "the model's output has shape (5, 1), the target (5, 2)", ""),
     ("loss without a baseline", "def loss(o, y): return (o / o.std()).mean()", "", "case:loss", AT_LOSS, "the loss is not finite for any constant output", ""),
 ]  # fmt: skip
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from recipefuzz.config import Config
 from recipefuzz.engines import prepare
 from recipefuzz.engines.baselines import Baselines
-from recipefuzz.errors import PACKAGE, InputError, Place, RecipefuzzError, did_you_mean, user_traceback
+from recipefuzz.errors import PACKAGE, RAISED, InputError, Place, RecipefuzzError, did_you_mean, user_traceback
 from recipefuzz.recipe import AXES, Recipe
 from recipefuzz.targets.seeding import seeded
 from recipefuzz.targets.task import Rows, Task, TensorRows, some_rows
@@ -33,7 +33,7 @@ def rehearse(task: Task, config: Config, recipe: Recipe | None = None) -> float:
     _check_axes(task, config, recipe)
     cpu = torch.device("cpu")
     with seeded(config.trial.seed):
-        train, _ = _guarded(lambda: _scaled_rows(task, config, recipe), config, "target.data", "scaling the data")
+        train, test = _guarded(lambda: _scaled_rows(task, config, recipe), config, "target.data", "scaling the data")
         model = _guarded(lambda: prepare.build_model(task, recipe, cpu), config, "target.model", "building the model")
         _check_model(model, config)
         x, y = train.take(some_rows(train, min(recipe.batch_size, 64)))
@@ -44,6 +44,7 @@ def rehearse(task: Task, config: Config, recipe: Recipe | None = None) -> float:
         loss = _guarded(lambda: task.loss(output, y), config, "target.loss", what)
         _check_loss(loss, config)
         _guarded(lambda: loss.backward(), config, "target.loss", "the backward pass")
+        _evaluate(task, config, model, test)
     return _guarded(
         lambda: Baselines(task, cpu).of(recipe).loss,
         config,
@@ -63,9 +64,17 @@ def _guarded(call: Callable[[], T], config: Config, key: str, what: str) -> T:
         if _is_ours(error):
             raise InputError(str(error), place=place) from error
         raise InputError(f"{what} raised ValueError", place=place, detail=user_traceback(error)) from error
-    except Exception as error:
+    except RAISED as error:
         problem = f"{what} raised {type(error).__name__}"
         raise InputError(problem, place=place, detail=user_traceback(error)) from error
+
+
+def _evaluate(task: Task, config: Config, model: nn.Module, test: Rows) -> None:
+    """One held-out batch: its rows may have another shape than the training set's."""
+    x, y = test.take(some_rows(test, 64))
+    what = f"an evaluation, given the test set's x of shape {_shape(x)} and y of shape {_shape(y)},"
+    with torch.no_grad():
+        _guarded(lambda: task.loss(model.eval()(x), y), config, "target.data", what)
 
 
 def _scaled_rows(task: Task, config: Config, recipe: Recipe) -> tuple[Rows, Rows]:

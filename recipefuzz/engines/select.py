@@ -37,6 +37,17 @@ def open_engine(config: Config, say: Callable[[str], None], most: int | None = N
     return PoolEngine(config, budget, devices, config.trial.timeout)
 
 
+def ask_ahead(config: Config) -> int:
+    """Recipes to ask for ahead of results: enough that no worker waits, as few as that allows.
+
+    What the sampler has not seen it can't learn from: on a synthetic space where 72 % of the recipes fail, 60
+    trials of tpe failed in 39 % with 4 recipes ahead, in 52 % with 16 (see tests/test_store.py).
+    """
+    if isinstance(config.search.window, int):
+        return config.search.window
+    return max(4, 2 * len(worker_devices(pick_device(config), config.run.workers)))
+
+
 def pick_device(config: Config) -> str:
     """`auto` is a CUDA GPU if there is one, else the CPU; MPS is slower than the CPU on small models."""
     wanted = config.run.device

@@ -1,7 +1,7 @@
 """The reference engine: one recipe at a time, in plain PyTorch. What it computes is what a trial *is*.
 
-The step loop never asks the device a question (no `.item()`, no `if tensor`): losses, norms and flags stay there and are
-read once a chunk, at the checkpoints where the verdict is asked for.
+The step loop never asks the device a question (no `.item()`, no `if tensor`): losses, norms and flags stay there and
+are read once a chunk, at the checkpoints where the verdict is asked for.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from recipefuzz.engines.baselines import Baselines
 from recipefuzz.engines.job import Job, Outcome
 from recipefuzz.engines.loss_scaling import LossScaler
 from recipefuzz.engines.recorder import Recorder
-from recipefuzz.errors import describe_exception
+from recipefuzz.errors import RAISED, describe_exception
 from recipefuzz.recipe import Recipe
 from recipefuzz.targets.baseline import Constant
 from recipefuzz.targets.seeding import seeded, undisturbed
@@ -140,6 +140,17 @@ def flushed_denormals() -> Iterator[None]:
         torch.set_flush_denormal(was_on)
 
 
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Add in one order: two threads round sums otherwise than one, and a trial would depend on the machine's cores."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
 class SequentialEngine:
     """Trains jobs one after the other in this very process: for debugging, and for the processes of the pool."""
 
@@ -160,13 +171,14 @@ class SequentialEngine:
     def train(self, job: Job) -> Outcome:
         """Train now. An exception of the user's code, or a lack of memory, is an outcome too."""
         try:
-            constant = self._baselines.of(job.recipe)
-            return train(self._task, job, self._budget, self._device, constant)
-        except Exception as error:
+            with one_thread():
+                constant = self._baselines.of(job.recipe)
+                return train(self._task, job, self._budget, self._device, constant)
+        except RAISED as error:
             kind = "out of memory: " if _is_lack_of_memory(error) else ""
             return Outcome(job, Trace(), None, error=kind + describe_exception(error))
 
 
-def _is_lack_of_memory(error: Exception) -> bool:
+def _is_lack_of_memory(error: BaseException) -> bool:
     """Python's own, a GPU's, or torch's on the CPU, which has no class of its own."""
     return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "DefaultCPUAllocator" in str(error)

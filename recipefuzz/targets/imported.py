@@ -11,7 +11,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from recipefuzz.errors import InputError, Place, did_you_mean, is_users, nearest, user_traceback
+from recipefuzz.errors import RAISED, InputError, Place, did_you_mean, is_users, nearest, user_traceback
 
 
 def load_object(path: str, folder: Path, place: Place) -> Any:
@@ -77,7 +77,7 @@ def _import(name: str, folder: Path, place: Place) -> ModuleType:
             expected=f"{file}.py or a package beside the config ({folder}), or an installed package",
             fix=did_you_mean(error.name, nearby) if nearby else "put the file beside the config",
         ) from error
-    except Exception as error:
+    except RAISED as error:
         raise _raised(name, place, error) from error
 
 
@@ -90,7 +90,7 @@ def _modules_beside(name: str, folder: Path) -> list[str]:
     return [".".join([*parents, stem]) for stem in stems if stem != "__init__"]
 
 
-def _raised(name: str, place: Place, error: Exception) -> InputError:
+def _raised(name: str, place: Place, error: BaseException) -> InputError:
     return InputError(f"importing {name} raised {type(error).__name__}", place=place, detail=user_traceback(error))
 
 

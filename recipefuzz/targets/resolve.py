@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from recipefuzz.config import Config
-from recipefuzz.errors import InputError, Place, RecipefuzzError, did_you_mean, user_traceback
+from recipefuzz.errors import RAISED, InputError, Place, RecipefuzzError, did_you_mean, user_traceback
 from recipefuzz.targets.builtin.data import DATA
 from recipefuzz.targets.builtin.models import MODELS
 from recipefuzz.targets.imported import keyword_names, load_callable
@@ -69,7 +69,7 @@ def _load(config: Config) -> tuple[Rows, Rows]:
             loaded = loader(**config.target.data_args)
     except RecipefuzzError:
         raise
-    except Exception as error:
+    except RAISED as error:
         problem = f"loading {config.target.data} raised {type(error).__name__}"
         raise InputError(problem, place=place, detail=user_traceback(error)) from error
     train, test = as_rows(loaded, place)
@@ -78,7 +78,7 @@ def _load(config: Config) -> tuple[Rows, Rows]:
             check_finite(rows, name, place)
         except RecipefuzzError:
             raise
-        except Exception as error:
+        except RAISED as error:
             problem = f"reading the {name} Dataset raised {type(error).__name__}"
             raise InputError(problem, place=place, detail=user_traceback(error)) from error
     return train, test
@@ -155,7 +155,7 @@ def _loss(config: Config, per_position: bool) -> Loss:
         raise InputError("a class that is no torch.nn.Module", place=place, found=name)
     try:
         return loss()  # nn.MSELoss and its like: a class to be instantiated
-    except Exception as error:
+    except RAISED as error:
         fix = f"name an instance: loss = {loss.__name__}(...)"
         problem = f"making a {name} raised {type(error).__name__}"
         raise InputError(problem, place=place, fix=fix, detail=user_traceback(error)) from error
@@ -172,7 +172,7 @@ def _takes_norm(build: Callable[..., nn.Module]) -> bool:
     try:
         with seeded(0):
             build(norm="none")
-    except Exception:
+    except RAISED:
         return False
     return True
 

@@ -36,7 +36,7 @@ def as_rows(loaded: Any, place: Place) -> tuple[Rows, Rows]:
 def _tensor(values: Any, place: Place) -> Tensor:
     """A tensor as it is; a numpy array or list as float32 or int64, the types that models and losses take."""
     if isinstance(values, Tensor):
-        return values.detach()
+        return values.detach().cpu()  # engines move them to where they train
     try:
         array = np.asarray(values)
         # a copy where need be: torch takes no array that is reversed, read-only or of another byte order

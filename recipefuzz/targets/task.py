@@ -58,12 +58,14 @@ class DatasetRows:
         return len(self.dataset)  # type: ignore[arg-type]
 
     def take(self, index: Tensor) -> tuple[Any, Any]:
-        pairs = [tree_map(_single, self.dataset[i]) for i in index.tolist()]
-        columns = default_collate(pairs)
-        if not isinstance(columns, (tuple, list)) or len(columns) != 2:
-            kind = type(pairs[0]).__name__ + (f" of {len(pairs[0])}" if isinstance(pairs[0], Sized) else "")
+        pairs = [self.dataset[i] for i in index.tolist()]
+        first = pairs[0]
+        if not isinstance(first, (tuple, list)) or len(first) != 2:
+            kind = type(first).__name__ + (f" of {len(first)}" if isinstance(first, Sized) else "")
             raise ValueError(f"a row of the Dataset is a {kind}, expected a pair: (input, target)")
-        x, y = columns
+        if not all(isinstance(part, (Tensor, int)) for part in first):  # else there is nothing to make single
+            pairs = [tree_map(_single, pair) for pair in pairs]
+        x, y = default_collate(pairs)
         return tree_map(self._move, x), tree_map(self._move, y)
 
     def to(self, device: torch.device) -> DatasetRows:
