@@ -90,8 +90,8 @@ class Store:
         """
         studies = {phase: self._study(phase) for phase in Phase}
         if META not in studies[Phase.SEARCH].user_attrs:
-            studies[Phase.SEARCH].set_user_attr(META, dict(meta))
             studies[Phase.SEARCH].set_user_attr(WINDOW, window)
+            studies[Phase.SEARCH].set_user_attr(META, dict(meta))
         self._journal.flush()
         return StudySearch(studies[Phase.SEARCH], studies[Phase.CONFIRM], self._journal, space, search)
 
