@@ -133,6 +133,7 @@ class StudySearch:
         self._study, self._confirm, self._journal = study, confirm, journal
         self._space, self._search = space, search
         self._window = int(study.user_attrs[WINDOW])
+        self._storage = study._storage  # noqa: SLF001 - its public methods take ids, which no public one gives
         self._distributions = {name: distribution(axis) for name, axis in space.axes}
         trials = study.get_trials(deepcopy=False)
         self._asked = len(trials)
@@ -165,8 +166,10 @@ class StudySearch:
 
     def _asked_before(self, number: int) -> Asked:
         """A trial that an earlier process asked for; asked to its end where that was cut short."""
-        trial_id = self._study.get_trials(deepcopy=False)[number]._trial_id  # noqa: SLF001
-        return self._suggest(number, lambda: optuna.Trial(self._study, trial_id))
+        return self._suggest(number, lambda: optuna.Trial(self._study, self._trial_id(number)))
+
+    def _trial_id(self, number: int) -> int:
+        return self._storage.get_trial_id_from_study_id_trial_number(self._study._study_id, number)  # noqa: SLF001
 
     def _ask(self) -> Asked:
         asked = self._suggest(self._asked, self._study.ask)
@@ -192,9 +195,8 @@ class StudySearch:
         if result.phase is Phase.CONFIRM:
             self._add_confirm(result)
         elif result.trial not in self._recorded:
-            trial_id = self._study.get_trials(deepcopy=False)[result.trial]._trial_id  # noqa: SLF001
             for key, value in ((RESULT, result.record()), (ELAPSED, round(elapsed, 3))):
-                self._study._storage.set_trial_user_attr(trial_id, key, value)  # noqa: SLF001
+                self._storage.set_trial_user_attr(self._trial_id(result.trial), key, value)
             self._recorded[result.trial] = result
         self._journal.flush()
 
@@ -206,14 +208,13 @@ class StudySearch:
     def _tell(self, number: int) -> None:
         """A failed recipe is a completed, infeasible observation: samplers ignore FAIL and go back there."""
         result = self._recorded[number]
-        trial = self._study.get_trials(deepcopy=False)[number]
         self._study.sampler = optuna.samplers.RandomSampler()  # after_trial of some stop a running `optimize`
         if result.error:
             self._study.tell(number, state=TrialState.FAIL)
         else:
             value, violation = objective(result)
             if self._search.sampler != "cmaes":  # CMA-ES knows no constraints: the value alone ranks for it
-                optuna.Trial(self._study, trial._trial_id).set_constraint("failed", violation)  # noqa: SLF001
+                optuna.Trial(self._study, self._trial_id(number)).set_constraint("failed", violation)
             self._study.tell(number, value)
         self._told += 1
 
