@@ -47,12 +47,18 @@ def one_thread() -> None:
         torch.set_num_threads(1)
 
 
-@pytest.fixture
-def user_modules(tmp_path: Path) -> Iterator[None]:
-    """Forget what the test imported from its folder, and put `sys.path` back."""
+@pytest.fixture(autouse=True)
+def import_path() -> Iterator[None]:
+    """Put `sys.path` back: a config's folder goes on it when the user's code is imported."""
     path = sys.path.copy()
     yield
     sys.path[:] = path
+
+
+@pytest.fixture
+def user_modules(tmp_path: Path) -> Iterator[None]:
+    """Forget what the test imported from its folder."""
+    yield
     for name in [name for name, module in sys.modules.items() if str(tmp_path) in _origin(module)]:
         del sys.modules[name]
 

@@ -84,6 +84,7 @@ library = torch.library.Library("_", "IMPL")
 library.fallback(torch.library.fallthrough_kernel, "AutocastPrivateUse1")  # autocast casts nothing there
 
 from recipefuzz.engines import prepare
+from recipefuzz.engines.loss_scaling import LossScaler
 from recipefuzz.engines.sequential import Stepper, _chunk
 from recipefuzz.recipe import Recipe
 from recipefuzz.targets.baseline import Constant
@@ -178,8 +179,6 @@ def item_in_the_engine():
 
 
 def flag_read_in_the_engine():
-    step = prepare.Optimizer if False else None
-    from recipefuzz.engines.loss_scaling import LossScaler
     step = LossScaler.step
 
     def step_if_clean(self, optimizer, parameters, overflow):
@@ -212,7 +211,7 @@ json.dump(results, sys.stdout)
 """
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def on_fake_gpu(tmp_path_factory):
     script = tmp_path_factory.mktemp("fakegpu") / "on_fake_gpu.py"
     script.write_text(ON_FAKE_GPU)

@@ -120,7 +120,7 @@ BAD_PATHS = [
         "no module named 'pack.mien'",
         "did you mean 'pack.mine'?",
     ),
-    ("elsewhere:build", {}, "no module named 'elsewhere'", "fix:      put the file beside the config"),
+    ("nowhere_at_all:build", {}, "no module named 'nowhere_at_all'", "fix:      put the file beside the config"),
     ("mine.py:build", {"mine": ""}, "no module named 'mine.py'", "fix:      did you mean 'mine'?"),
     ("mine:biuld", {"mine": "def build(): ..."}, "mine has no 'biuld'", "fix:      did you mean mine:build?"),
     ("mine:build", {"mine": "def f(): ...\ndef g(): ..."}, "mine has no 'build'", "fix:      it defines: f, g"),
@@ -171,6 +171,23 @@ def test_the_place_of_each_key(write_study):
         config = write_study(**{key: "case:absent"})
         with pytest.raises(InputError, match=rf"config\.yaml:{line}: target\.{key}: case has no 'absent'"):
             resolve(config)
+
+
+def test_a_script_that_calls_recipefuzz_when_it_is_imported(write_study):
+    config = write_study(
+        """
+from pathlib import Path
+from recipefuzz.config import load_config
+from recipefuzz.targets.resolve import resolve
+resolve(load_config(Path(__file__).with_name("config.yaml")))
+"""
+    )
+    for _ in range(2):
+        with pytest.raises(
+            InputError, match=r"target\.data: importing case calls recipefuzz, which imports it"
+        ) as caught:
+            resolve(config)
+        assert 'fix:      put the call under: if __name__ == "__main__":' in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -283,14 +300,16 @@ def test_datasets_of_several_inputs():
     assert list(x["b"][1]) == ["word", "word"]
 
 
-@pytest.mark.parametrize("code", ["tensors", "arrays", "datasets", "lazy"])
-def test_every_form_of_data_trains(write_study, code):
-    returned = {
-        "tensors": "x, y, x, y",
-        "arrays": "x.double().numpy(), y.double().numpy(), x.numpy(), y.numpy()",
-        "datasets": "TensorDataset(x, y), TensorDataset(x, y)",
-        "lazy": "Lazy(x, y), Lazy(x, y)",
-    }[code]
+FORMS = {
+    "tensors": "x, y, x, y",
+    "arrays": "x.double().numpy(), y.double().numpy(), x.numpy(), y.numpy()",
+    "datasets": "TensorDataset(x, y), TensorDataset(x, y)",
+    "lazy": "Lazy(x, y), Lazy(x, y)",
+}
+
+
+@pytest.mark.parametrize("returned", FORMS.values(), ids=FORMS)
+def test_every_form_of_data_trains(write_study, returned):
     config = write_study(
         f"""
 from torch.utils.data import Dataset, TensorDataset
@@ -298,7 +317,7 @@ from torch.utils.data import Dataset, TensorDataset
 class Lazy(Dataset):
     def __init__(self, x, y): self.x, self.y = x, y
     def __len__(self): return len(self.x)
-    def __getitem__(self, i): return self.x[i].double().numpy(), [float(self.y[i])]
+    def __getitem__(self, i): return self.x[i].double().numpy(), self.y[i].double().numpy()
 
 first = load
 
@@ -307,11 +326,6 @@ def load():
     return {returned}
 """
     )
-    if code == "lazy":  # default_collate makes a list of columns of a list
-        config = write_study(
-            folder=config.folder / "again",
-            code=(config.folder / "case.py").read_text().replace("[float(self.y[i])]", "self.y[i].double().numpy()"),
-        )
     task = resolve(config)
     _, y, *_ = sys.modules["case"].first()
     assert rehearse(task, config) == pytest.approx(float(y.var(correction=0)), rel=1e-5)

@@ -11,7 +11,18 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from recipefuzz.errors import RAISED, InputError, Place, did_you_mean, is_users, nearest, user_traceback
+from recipefuzz.errors import (
+    RAISED,
+    InputError,
+    Place,
+    RecipefuzzError,
+    did_you_mean,
+    is_users,
+    nearest,
+    user_traceback,
+)
+
+_under_way: list[str] = []  # the user's module that is being imported
 
 
 def load_object(path: str, folder: Path, place: Place) -> Any:
@@ -59,12 +70,22 @@ def load_callable(path: str, folder: Path, place: Place) -> Callable[..., Any]:
 
 
 def _import(name: str, folder: Path, place: Place) -> ModuleType:
+    if _under_way:
+        raise InputError(
+            f"importing {_under_way[0]} calls recipefuzz, which imports it",
+            place=place,
+            found=name,
+            fix='put the call under: if __name__ == "__main__":',
+        )
     _refuse_namesake(name.split(".")[0], folder, place)
     _forget_namesakes(folder)
     sys.path[:] = [str(folder), *(p for p in sys.path if p != str(folder))]
     importlib.invalidate_caches()
+    _under_way.append(name)
     try:
         return importlib.import_module(name)
+    except RecipefuzzError:  # from a script that calls recipefuzz, as above
+        raise
     except ModuleNotFoundError as error:
         if error.name is None or not (name == error.name or name.startswith(error.name + ".")):
             raise _raised(name, place, error) from error
@@ -79,6 +100,8 @@ def _import(name: str, folder: Path, place: Place) -> ModuleType:
         ) from error
     except RAISED as error:
         raise _raised(name, place, error) from error
+    finally:
+        _under_way.remove(name)
 
 
 def _modules_beside(name: str, folder: Path) -> list[str]:
