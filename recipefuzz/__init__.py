@@ -1,6 +1,6 @@
 """recipefuzz: an automated fuzzer for neural-network training recipes.
 
-`recipefuzz.search(config)` does what `recipefuzz search CONFIG` does; its result has `.trials` and `.ranking`, which are
+`recipefuzz.search(config)` does what `recipefuzz search CONFIG` does; its result has `.trials` and `.ranking` as
 DataFrames. Names are imported when they are used, so that `import recipefuzz` is quick.
 """
 

@@ -30,8 +30,7 @@ run: {workers: 1}
 
 def start(name: str) -> subprocess.Popen[bytes]:
     command = [sys.executable, "-c", "from recipefuzz.cli import main; main()", "search", f"{name}.yaml"]
-    log = Path(f"{name}.log").open("ab")
-    with log:
+    with Path(f"{name}.log").open("ab") as log:
         return subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
 
 

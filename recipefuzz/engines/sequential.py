@@ -6,10 +6,12 @@ are read once a chunk, at the checkpoints where the verdict is asked for.
 
 from __future__ import annotations
 
+import copy
 import time
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -151,11 +153,18 @@ def one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
+def _with_loss_on(task: Task, device: torch.device) -> Task:
+    """The task with a loss whose buffers, class weights say, lie where the model's outputs do."""
+    if not isinstance(task.loss, nn.Module):
+        return task
+    return replace(task, loss=copy.deepcopy(task.loss).to(device))
+
+
 class SequentialEngine:
     """Trains jobs one after the other in this very process: for debugging, and for the processes of the pool."""
 
     def __init__(self, task: Task, budget: Budget, device: torch.device) -> None:
-        self._task, self._budget, self._device = task, budget, device
+        self._task, self._budget, self._device = _with_loss_on(task, device), budget, device
         self._baselines = Baselines(task, device)
         self._waiting: deque[Job] = deque()
 
