@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import sys
 import traceback
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from recipefuzz.errors import EXIT_BAD_ANSWER, EXIT_RUN_FAILED, InputError, RecipefuzzError
+from recipefuzz.errors import EXIT_BAD_ANSWER, EXIT_RUN_FAILED, InputError, Place, RecipefuzzError
 
 app = typer.Typer(
     help="Which training recipes are safe, and why the others fail: found by experiment.",
@@ -21,6 +22,23 @@ app = typer.Typer(
 
 ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="The study's YAML file.", show_default=False)]
 RunName = Annotated[str, typer.Argument(metavar="RUN", help="A run's folder, or the study's name.", show_default=False)]
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        typer.echo(f"recipefuzz {version('recipefuzz')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options_of_all(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", callback=_print_version, is_eager=True)
+    ] = False,
+) -> None:
+    pass
 
 
 @app.command()
@@ -72,20 +90,20 @@ def run_recipes(
     from recipefuzz.config import load_config
     from recipefuzz.engines.pool import warm_up
     from recipefuzz.report.progress import Progress
-    from recipefuzz.report.tables import write_csv
     from recipefuzz.report.terminal import console, short_path
 
     screen = console()
     study = load_config(config).but(workers=workers)
+    if not out.parent.is_dir() or out.resolve() == recipes.resolve():
+        raise InputError("can't write the verdicts there", place=Place(str(out)), expected="another file in a folder")
     warm_up()
     from recipefuzz.judging import judge_recipes
 
     progress = Progress(screen, study.axes.names)
     try:
-        table = judge_recipes(study, recipes, progress)
+        table = judge_recipes(study, recipes, progress, out)
     finally:
         progress.close()
-    write_csv(table, out)
     counts = ", ".join(f"{n} {verdict}" for verdict, n in table["verdict"].value_counts().items())
     screen.print(f"{counts}; written to {short_path(out.resolve())}")
 
@@ -104,7 +122,7 @@ def report(
 
     folder = RunFolder.find(run)
     config, results = folder.load_config(), folder.results()
-    ranking = rank(results, config.search.rank_by)
+    ranking = rank(results, config.search.rank_by, wanted=config.search.confirm.seeds)
     winner = best(ranking, confirmed=config.search.confirm.top > 0)
     write_reports(folder.path, config, results, ranking, winner)
     shown = summary(folder.path, config, results, ranking)
@@ -141,6 +159,9 @@ def init(
 
 def main() -> None:
     """Entry point: what is wrong with the input is one message, not a traceback."""
+    for stream in (sys.stdout, sys.stderr):  # blocks and arrows become "?" where the terminal has none
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
     try:
         app(prog_name="recipefuzz")
     except RecipefuzzError as error:

@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, ValidationError
 
 from recipefuzz.axes import parse_space, parse_values
-from recipefuzz.errors import InputError, did_you_mean
+from recipefuzz.errors import InputError, Place, did_you_mean
 from recipefuzz.recipe import Recipe, Scalar
 from recipefuzz.source import KeyPath, Source, dotted, read_yaml
 from recipefuzz.space import Range, Space
@@ -81,7 +81,7 @@ class TargetConfig(_Section):
 class TrialConfig(_Section):
     """One short run."""
 
-    steps: Count = 300
+    steps: Annotated[Count, Field(ge=20)] = 300
     batch_size: Count = 64
     seed: Whole = 0
     extend: Annotated[Whole, Field(le=100)] = 4
@@ -171,7 +171,14 @@ class Config(_Section):
         for (section, key), value in changes.items():
             if value is not None:
                 data[section][key] = str(value) if isinstance(value, Path) else value
-        return parse_config(data, self._source)
+        try:
+            return parse_config(data, self._source)
+        except InputError as error:
+            option = next((key for (section, key) in changes if error.place.key == f"{section}.{key}"), "")
+            if not option:
+                raise
+            place = Place(key=f"--{option}")  # not the file's fault
+            raise InputError(error.problem, place=place, found=error.found, expected=error.expected) from error
 
     def resolved(self) -> dict[str, Any]:
         """The config with every default written out and `base` absolute: valid wherever it is put."""
@@ -283,7 +290,7 @@ MEANING = {
     "target.loss": 'cross_entropy, mse, bce, or "module:loss"',
     "target.data_args": ARGUMENTS,
     "target.model_args": ARGUMENTS,
-    "trial.steps": "an integer, 1 or more: optimizer steps of one short trial",
+    "trial.steps": "an integer, 20 or more: optimizer steps of one short trial",
     "trial.batch_size": "an integer, 1 or more",
     "trial.seed": "an integer, 0 or more",
     "trial.extend": "an integer, 0 or more: how many more budgets an undecided trial may have",

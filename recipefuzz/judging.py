@@ -15,23 +15,32 @@ from recipefuzz.engines.rehearse import rehearse
 from recipefuzz.engines.select import open_engine
 from recipefuzz.errors import InputError, Place, did_you_mean
 from recipefuzz.recipe import AXES, Recipe, Scalar, is_finite
-from recipefuzz.report.tables import VERDICT_COLUMNS, verdicts_frame
+from recipefuzz.report.tables import (
+    RANKING_COLUMNS,
+    TRIAL_COLUMNS,
+    TRIAL_TAIL,
+    VERDICT_COLUMNS,
+    verdicts_frame,
+    write_csv,
+)
 from recipefuzz.result import Phase, TrialResult
 from recipefuzz.searching import Listener, Silent, as_config, to_result
 from recipefuzz.targets.resolve import resolve
 from recipefuzz.targets.task import Task
 
-NUMBER_COLUMNS = ("trial", "row", "index", "rank")  # columns of our own tables that are no axes
+NUMBER_COLUMNS = ("trial", "row", "index", "rank", "phase", "seed")  # columns of our own tables that are no axes
 
 
 def judge_recipes(
     config: Config | dict[str, Any] | str | Path,
     recipes: Path | str | pd.DataFrame,
     listener: Listener | None = None,
+    out: Path | None = None,
 ) -> pd.DataFrame:
     """Judge recipes with the config's target and trial.
 
     Args:
+        out: a CSV file for the table; if the run is interrupted, it gets the rows that are finished.
         recipes: a CSV file or its table: a column per axis, a row per recipe; an empty cell is null.
 
     Returns:
@@ -48,7 +57,15 @@ def judge_recipes(
     axes = _axes(table, task, config, place)
     parsed = [_recipe(config, table, axes, row, place) for row in range(len(table))]
     rehearse(task, config, parsed[0])
-    return verdicts_frame(table, _train(config, parsed, listener))
+    results: dict[int, TrialResult] = {}
+    try:
+        _train(config, parsed, listener, results)
+    finally:
+        done = sorted(results)
+        judged = verdicts_frame(table.iloc[done], [results[i] for i in done])
+        if out is not None and done:
+            write_csv(judged, out)
+    return judged
 
 
 def read_table(path: Path) -> pd.DataFrame:
@@ -94,7 +111,7 @@ def _axes(table: pd.DataFrame, task: Task, config: Config, place: Place) -> list
     """The columns that are axes; the others are ours, or an error."""
     takes = task.takes if task.takes is not None else frozenset(map(str, table.columns))
     known = sorted({*AXES, *(takes - {"norm"}), *config.axis_names})
-    ignored = (*VERDICT_COLUMNS, *NUMBER_COLUMNS)
+    ignored = {*VERDICT_COLUMNS, *TRIAL_COLUMNS, *TRIAL_TAIL, *RANKING_COLUMNS, *NUMBER_COLUMNS}
     axes = [str(c) for c in table.columns if c not in ignored or c in AXES]
     for column in axes:
         if column not in known:
@@ -148,9 +165,9 @@ def parse_cell(axis: str, cell: Any) -> Scalar:
     return text
 
 
-def _train(config: Config, recipes: list[Recipe], listener: Listener) -> list[TrialResult]:
+def _train(config: Config, recipes: list[Recipe], listener: Listener, results: dict[int, TrialResult]) -> None:
+    """Fill `results` by row, as they finish."""
     engine = open_engine(config, listener.say, most=len(recipes))
-    results: dict[int, TrialResult] = {}
     listener.begin(Phase.SEARCH, (), len(recipes))
     try:
         for outcome in run(engine, [Job(i, recipe, config.trial.seed) for i, recipe in enumerate(recipes)]):
@@ -159,4 +176,3 @@ def _train(config: Config, recipes: list[Recipe], listener: Listener) -> list[Tr
             listener.finished(result)
     finally:
         engine.close()
-    return [results[i] for i in range(len(recipes))]

@@ -16,7 +16,8 @@ class Ranked:
     """A recipe that converged in the search, with what the confirming runs said of it.
 
     Attributes:
-        passed, runs: confirming runs that converged, of how many.
+        passed, runs: confirming runs that converged, of how many. A run that could not be made has not passed.
+        wanted: confirming runs there were to be.
         low, high: 95 % Wilson interval of the pass rate.
         skill, heldout_skill: medians over the confirming runs that converged; of the search trial where there
             are none.
@@ -25,6 +26,7 @@ class Ranked:
     trial: TrialResult
     passed: int
     runs: int
+    wanted: int
     low: float
     high: float
     skill: float
@@ -33,8 +35,8 @@ class Ranked:
 
     @property
     def safe(self) -> bool:
-        """Every confirming run converged. Without confirming runs nothing is known to be safe."""
-        return self.runs > 0 and self.passed == self.runs
+        """All confirming runs were made and converged. Without confirming runs nothing is known to be safe."""
+        return 0 < self.wanted <= self.runs == self.passed
 
 
 def best(ranking: Sequence[Ranked], *, confirmed: bool) -> Ranked | None:
@@ -63,22 +65,25 @@ def candidates(results: Iterable[TrialResult], top: int) -> list[TrialResult]:
     return [r for r in best if unique[r.recipe.fingerprint] is r][:top]
 
 
-def rank(results: Sequence[TrialResult], rank_by: str = "skill") -> list[Ranked]:
+def rank(results: Sequence[TrialResult], rank_by: str = "skill", *, wanted: int = 1) -> list[Ranked]:
     """Every distinct recipe that converged in the search, best first.
 
     Order: confirmed recipes by the lower end of their pass rate's interval, then by median skill; then those
     that were not confirmed, by score: a lucky single run never outranks a recipe that passed on other seeds;
     last, those that failed every confirming run.
+
+    Args:
+        wanted: confirming runs that a recipe must have had to be called safe.
     """
     confirming: dict[int, list[TrialResult]] = {}
     for result in results:
-        if result.phase is Phase.CONFIRM and not result.error:
+        if result.phase is Phase.CONFIRM:
             confirming.setdefault(result.trial, []).append(result)
-    rows = [_ranked(r, confirming.get(r.trial, [])) for r in candidates(results, len(results))]
+    rows = [_ranked(r, confirming.get(r.trial, []), wanted) for r in candidates(results, len(results))]
     return sorted(rows, key=lambda row: _order(row, rank_by))
 
 
-def _ranked(trial: TrialResult, runs: list[TrialResult]) -> Ranked:
+def _ranked(trial: TrialResult, runs: list[TrialResult], wanted: int) -> Ranked:
     passed = [r for r in runs if r.verdict == Label.CONVERGING]
     low, high = wilson(len(passed), len(runs))
     measured = passed or [trial]
@@ -86,6 +91,7 @@ def _ranked(trial: TrialResult, runs: list[TrialResult]) -> Ranked:
         trial=trial,
         passed=len(passed),
         runs=len(runs),
+        wanted=wanted,
         low=low,
         high=high,
         skill=_median(r.skill for r in measured),

@@ -88,7 +88,8 @@ class RunFolder:
             InputError: another config or other code made the run; another process is at work in it.
             RunFailedError: the folder can't be written.
         """
-        if fresh:
+        self._refuse_other_folders(config)
+        if fresh and self.journal.exists():
             self._put_aside()
         self._make()
         store = Store(self.journal, write=True)
@@ -104,6 +105,21 @@ class RunFolder:
     def _placed(self, config: Config) -> dict[str, Any]:
         return config.run.model_dump(mode="json") | {"folder": str(self.path)}
 
+    def _refuse_other_folders(self, config: Config) -> None:
+        """A folder with files in it that is no run is somebody's: nothing in it is overwritten or moved."""
+        if not self.path.is_dir() or not any(self.path.iterdir()):
+            return
+        tables_alone = (self.path / "trials.csv").exists() and not (
+            self.journal.exists() and self.journal.stat().st_size
+        )
+        if tables_alone or not self.journal.exists() or config.folder.is_relative_to(self.path):
+            raise InputError(
+                f"the folder has files in it, and no {JOURNAL}: it is no run",
+                place=Place(str(self.path)),
+                expected="a new folder, an empty one, or that of a run",
+                fix="give another one with --folder or run.folder, or another study name",
+            )
+
     def _make(self) -> None:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -115,9 +131,7 @@ class RunFolder:
             ) from error
 
     def _put_aside(self) -> None:
-        if not self.path.exists():
-            return
-        if self.journal.exists() and self.is_held():  # its entries don't matter: a damaged run is put aside, too
+        if self.is_held():  # its entries don't matter: a damaged run is put aside, too
             raise at_work(self.path)
         number = 1
         while (aside := self.path.with_name(f"{self.path.name}.old-{number}")).exists():

@@ -15,6 +15,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from recipefuzz import evidence
 from recipefuzz.config import Config, load_config, parse_config
 from recipefuzz.engines.job import Engine, Job, Outcome, run
 from recipefuzz.engines.rehearse import rehearse
@@ -26,6 +27,7 @@ from recipefuzz.report.tables import ranking_frame, trials_frame
 from recipefuzz.report.write import write_reports
 from recipefuzz.result import Phase, TrialResult, result_of
 from recipefuzz.run_folder import RunFolder, fingerprints, identity
+from recipefuzz.source import numbers_as_meant
 from recipefuzz.store import StudySearch
 from recipefuzz.targets.resolve import resolve, user_files
 from recipefuzz.verdict import Budget
@@ -64,7 +66,7 @@ class SearchResult:
 
     @cached_property
     def ranked(self) -> list[Ranked]:
-        return rank(self.results, self.config.search.rank_by)
+        return rank(self.results, self.config.search.rank_by, wanted=self.config.search.confirm.seeds)
 
     @property
     def trials(self) -> pd.DataFrame:
@@ -107,8 +109,14 @@ def search(
             place=config.source.place("space"),
             expected="at least one axis, such as space: {lr: {low: 1e-5, high: 10, log: true}}",
         )
-    rehearse(resolve(config), config)
-    with _opened(config, fresh) as (folder, study):
+    window = ask_ahead(config)  # first of all: it knows whether the device is there
+    if abs(rehearse(resolve(config), config)) < evidence.TINY:
+        raise InputError(
+            "a constant prediction already has loss 0: skill, which counts from it, can't be measured",
+            place=config.source.place("target", "loss"),
+            fix="look whether all training targets are the same, or add a constant to the loss",
+        )
+    with _opened(config, window, fresh) as (folder, study):
         engine = open_engine(config, listener.say)
         try:
             _explore(config, study, engine, listener)
@@ -132,23 +140,23 @@ def _report(folder: RunFolder, config: Config, study: StudySearch) -> SearchResu
 def as_config(config: Config | dict[str, Any] | str | Path) -> Config:
     if isinstance(config, Config):
         return config
-    return parse_config(config) if isinstance(config, dict) else load_config(config)
+    return parse_config(numbers_as_meant(config)) if isinstance(config, dict) else load_config(config)
 
 
 @contextmanager
-def _opened(config: Config, fresh: bool) -> Iterator[tuple[RunFolder, StudySearch]]:
+def _opened(config: Config, window: int, fresh: bool) -> Iterator[tuple[RunFolder, StudySearch]]:
     folder = RunFolder.of(config)
     code = fingerprints(user_files(config))
     store = folder.open(config, code, fresh=fresh)
     try:
-        yield folder, store.begin(identity(config, code), config.axes, config.search, ask_ahead(config))
+        yield folder, store.begin(identity(config, code), config.axes, config.search, window)
     finally:
         store.close()
 
 
 def _explore(config: Config, study: StudySearch, engine: Engine, listener: Listener) -> None:
     """Ask, train, judge, tell until the budget of trials or of time is spent."""
-    listener.begin(Phase.SEARCH, study.results, study.total)
+    listener.begin(Phase.SEARCH, (r for r in study.results if r.phase is Phase.SEARCH), study.total)
     clock = _Clock(config.search.time, study.seconds)
     while True:
         for asked in study.refill(stop=clock.over):

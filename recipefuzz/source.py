@@ -12,6 +12,7 @@ import yaml
 
 from recipefuzz.errors import InputError, Place
 
+EXPONENT = re.compile(r"^[-+]?\d[\d_]*(?:\.\d*)?[eE][-+]?\d+$")  # YAML 1.2 needs no dot, PyYAML does
 KeyPath = tuple[str | int, ...]
 MAX_NODES = 100_000  # a config has tens; aliases of aliases ("billion laughs") have more than fit in memory
 MAX_DEPTH = 100  # and an alias to what contains it has no end
@@ -30,9 +31,16 @@ for _resolver in (_Loader, _Dumper):
         first: [(tag, rule) for tag, rule in rules if tag != "tag:yaml.org,2002:timestamp"]
         for first, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
-    _resolver.add_implicit_resolver(
-        "tag:yaml.org,2002:float", re.compile(r"^[-+]?\d[\d_]*(?:\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
-    )
+    _resolver.add_implicit_resolver("tag:yaml.org,2002:float", EXPONENT, list("-+0123456789"))
+
+
+def numbers_as_meant(value: Any) -> Any:
+    """Plain data with words such as "1e-5" as numbers, which `yaml.safe_load` leaves as words."""
+    if isinstance(value, dict):
+        return {key: numbers_as_meant(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [numbers_as_meant(inner) for inner in value]
+    return float(value) if isinstance(value, str) and EXPONENT.fullmatch(value) else value
 
 
 def write_yaml(values: Mapping[str, Any]) -> str:

@@ -263,6 +263,18 @@ def _last(axis: Range) -> float:
     return axis.high if axis.step is None else float(axis.grid(2)[-1])  # type: ignore[arg-type]
 
 
+class _KnownSpace(optuna.samplers.TPESampler):
+    """TPE that is told its space. Optuna infers it from all trials at every ask, which takes half of the ask."""
+
+    def __init__(self, space: Space, seed: int) -> None:
+        super().__init__(seed=seed, multivariate=True, constant_liar=True)
+        known = {name: distribution(axis) for name, axis in sorted(space.axes)}
+        self._known = {name: axis for name, axis in known.items() if not axis.single()}
+
+    def infer_relative_search_space(self, study: optuna.Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:  # noqa: ARG002
+        return self._known
+
+
 def sampler(search: SearchConfig, space: Space, number: int) -> BaseSampler:
     """A fresh sampler for one trial; all its state is in the store, its generator is of the trial's number."""
     seed = _mix(search.seed, number)
@@ -270,7 +282,7 @@ def sampler(search: SearchConfig, space: Space, number: int) -> BaseSampler:
     if search.sampler == "random":
         return plain
     if search.sampler == "tpe":
-        return optuna.samplers.TPESampler(seed=seed, multivariate=True, constant_liar=True)
+        return _KnownSpace(space, seed)
     if search.sampler == "gp":
         return optuna.samplers.GPSampler(seed=seed, independent_sampler=plain)
     if search.sampler == "cmaes":

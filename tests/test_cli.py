@@ -47,7 +47,12 @@ def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_search_status_and_report() -> None:
     code, out, _ = cli("search", "quick.yaml")
     assert code == 0
-    for expected in ("search 6/6", "confirm 2/2", "1 safe recipe", "what fails" if "stalled" in out else "files in"):
+    for expected in (
+        "search 6/6",
+        "confirm 2/2",
+        "1 safe recipe (✓)",
+        "what fails" if "stalled" in out else "files in",
+    ):
         assert expected in out
     code, out, _ = cli("status", "quick")
     assert code == 0
@@ -186,3 +191,31 @@ def test_ctrl_c_keeps_what_is_finished_and_says_how_to_go_on() -> None:
     finished = len(Path("runs/quick/trials.csv").read_text().splitlines()) - 1
     assert finished >= 5
     assert cli("status", "quick")[0] == 0
+
+
+def test_a_terminal_without_blocks_gets_question_marks() -> None:
+    assert cli("search", "quick.yaml")[0] == 0
+    command = [sys.executable, "-m", "recipefuzz", "report", "quick"]
+    done = subprocess.run(command, capture_output=True, check=False, env={"PYTHONIOENCODING": "ascii"}, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "1 safe recipe (?)" in done.stdout
+
+
+def test_what_the_command_line_says_wrong_is_not_blamed_on_the_file() -> None:
+    code, _, err = cli("search", "quick.yaml", "--trials", "0")
+    assert code == 2
+    assert "--trials: " in err
+    assert "quick.yaml" not in err
+
+
+@pytest.mark.parametrize("out", ["recipes.csv", "nowhere/verdicts.csv"])
+def test_verdicts_that_can_not_be_written_are_said_first(out: str) -> None:
+    Path("recipes.csv").write_text("lr\n0.1\n")
+    code, text, err = cli("run", "quick.yaml", "recipes.csv", "--out", out)
+    assert (code, text) == (2, "")
+    assert "can't write the verdicts there" in err
+    assert Path("recipes.csv").read_text() == "lr\n0.1\n"
+
+
+def test_version() -> None:
+    assert cli("--version")[1].startswith("recipefuzz 0.")

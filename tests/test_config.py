@@ -228,7 +228,7 @@ search: {trails: 1, seed: -1}
 ~~~
 FILE:2: trial.steps: input should be greater than or equal to 1
   found:    0
-  expected: an integer, 1 or more: optimizer steps of one short trial
+  expected: an integer, 20 or more: optimizer steps of one short trial
 
   also wrong: FILE:3: search.seed: input should be greater than or equal to 0; FILE:3: search.trails: unknown key
 === no target
@@ -272,42 +272,42 @@ trial: {steps: many}
 ~~~
 FILE:2: trial.steps: input should be a valid integer, unable to parse string as an integer
   found:    many
-  expected: an integer, 1 or more: optimizer steps of one short trial
+  expected: an integer, 20 or more: optimizer steps of one short trial
 === steps true
 TARGET
 trial: {steps: yes}
 ~~~
 FILE:2: trial.steps: not a number
   found:    true
-  expected: an integer, 1 or more: optimizer steps of one short trial
+  expected: an integer, 20 or more: optimizer steps of one short trial
 === steps fraction
 TARGET
 trial: {steps: 1.5}
 ~~~
 FILE:2: trial.steps: input should be a valid integer, got a number with a fractional part
   found:    1.5
-  expected: an integer, 1 or more: optimizer steps of one short trial
+  expected: an integer, 20 or more: optimizer steps of one short trial
 === steps inf
 TARGET
 trial: {steps: .inf}
 ~~~
 FILE:2: trial.steps: input should be a finite number
   found:    inf
-  expected: an integer, 1 or more: optimizer steps of one short trial
+  expected: an integer, 20 or more: optimizer steps of one short trial
 === steps null
 TARGET
 trial: {steps: null}
 ~~~
 FILE:2: trial.steps: input should be a valid integer
   found:    null
-  expected: an integer, 1 or more: optimizer steps of one short trial
+  expected: an integer, 20 or more: optimizer steps of one short trial
 === zero steps
 TARGET
 trial: {steps: 0}
 ~~~
 FILE:2: trial.steps: input should be greater than or equal to 1
   found:    0
-  expected: an integer, 1 or more: optimizer steps of one short trial
+  expected: an integer, 20 or more: optimizer steps of one short trial
 === zero batch
 TARGET
 trial: {batch_size: 0}
@@ -328,7 +328,7 @@ trial: {steps: 3000000000}
 ~~~
 FILE:2: trial.steps: input should be less than 2147483648
   found:    3000000000
-  expected: an integer, 1 or more: optimizer steps of one short trial
+  expected: an integer, 20 or more: optimizer steps of one short trial
 === zero trials
 TARGET
 search: {trials: 0}
@@ -992,9 +992,9 @@ def test_but(tmp_path):
     assert config.but() == config
     assert config.but(workers="auto") == config
     assert config.but(folder=Path("2024")).run.folder == "2024"
-    with pytest.raises(InputError, match=r"search\.trials: input should be greater than or equal to 1\n  found:    0"):
+    with pytest.raises(InputError, match=r"--trials: input should be greater than or equal to 1\n  found:    0"):
         config.but(trials=0)
-    with pytest.raises(InputError, match=r"run\.workers: not a number of processes\n  found:    two"):
+    with pytest.raises(InputError, match=r"--workers: not a number of processes\n  found:    two"):
         config.but(workers="two")
 
 

@@ -25,7 +25,7 @@ LAYERS = (
     ("targets/",),
     ("engines/", "journal", "store", "run_folder", "report/", "template"),
     ("searching", "judging"),
-    ("cli", "__init__"),
+    ("cli", "__init__", "__main__"),
 )
 PURE = 3  # layers from below that know neither torch nor optuna: their rules are tested in milliseconds
 HOMES = {

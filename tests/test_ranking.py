@@ -156,8 +156,8 @@ def test_what_a_row_says():
         confirmed(7, 4, "", error="out of memory"),
     ]
     (row,) = rank([searched(7, 0.8, heldout_skill=0.6, steps=50), *runs])
-    assert (row.passed, row.runs, row.safe) == (2, 3, False)
-    assert (row.low, row.high) == wilson(2, 3)
+    assert (row.passed, row.runs, row.safe) == (2, 4, False)  # a run that could not be made has not passed
+    assert (row.low, row.high) == wilson(2, 4)
     assert (row.skill, row.heldout_skill, row.steps) == (0.6, 0.4, 200)
     (alone,) = rank([searched(7, 0.8, heldout_skill=0.6, steps=50)])
     assert (alone.passed, alone.runs, alone.safe) == (0, 0, False)
@@ -217,3 +217,11 @@ def test_ranking_is_of_the_distinct_converging_recipes_and_no_worse_pass_rate_co
             assert row.skill == median(r.skill for r in runs)
     safe = [row.safe for row in rows if row.runs == 3]
     assert safe == sorted(safe, reverse=True)
+
+
+def test_safe_needs_every_run_that_was_to_be_made():
+    trials = [searched(0, 0.9)]
+    errors = [confirmed(0, seed, "", error="out of memory") for seed in range(2, 6)]
+    assert not rank([*trials, confirmed(0, 1), *errors], wanted=5)[0].safe
+    assert not rank([*trials, confirmed(0, 1)], wanted=5)[0].safe  # interrupted after one of five
+    assert rank([*trials, *passes(0, 5, 5)], wanted=5)[0].safe

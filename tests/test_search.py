@@ -184,3 +184,33 @@ def test_judging_given_recipes_keeps_rows_and_order(study: dict) -> None:
     assert list(table.columns) == ["lr", "clip_norm", "width", "verdict", "cause", "skill", "steps", "reason"]
     assert list(table.verdict) == ["converging", "stalled", "nan"]
     assert table.steps.between(1, 300).all()
+
+
+def test_a_folder_that_is_no_run_is_not_touched(study: dict) -> None:
+    theirs = Path("project")
+    theirs.mkdir()
+    (theirs / "trials.csv").write_text("precious")
+    for fresh in (False, True):
+        with pytest.raises(InputError, match=r"project: the folder has files in it"):
+            recipefuzz.search(study | {"run": {"workers": 0, "folder": "project"}}, fresh=fresh)
+    assert [p.name for p in theirs.iterdir()] == ["trials.csv"]
+    assert (theirs / "trials.csv").read_text() == "precious"
+
+
+def test_tables_without_their_journal_are_not_written_over(study: dict) -> None:
+    result = recipefuzz.search(study)
+    (result.folder / "study.journal").write_bytes(b"")
+    with pytest.raises(InputError, match="the folder has files in it"):
+        recipefuzz.search(study)
+
+
+def test_a_loss_whose_constant_is_zero_is_refused(study: dict) -> None:
+    Path("mine.py").write_text(CASE + "\ndef loss(output, target):\n    return output.var() + 0 * output.sum()\n")
+    study["target"]["loss"] = "mine:loss"
+    with pytest.raises(InputError, match="a constant prediction already has loss 0"):
+        recipefuzz.search(study)
+
+
+def test_numbers_as_pyyaml_reads_them(study: dict) -> None:
+    study["space"]["lr"] = {"low": "1e-4", "high": "1e1", "log": True}
+    assert len(recipefuzz.search(study).trials) == 16

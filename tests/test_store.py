@@ -680,7 +680,7 @@ def test_run_goes_on_with_changes_that_change_no_trial(tmp_path, change):
     [
         ({"space": {"lr": [0.1, 2.0]}}, {}, r"-  - 1\.0\n  \+  - 2\.0"),
         ({"search": {"seed": 1}}, {}, r"-  seed: 0\n  \+  seed: 1"),
-        ({"trial": {"steps": 10}}, {}, r"-  steps: 300\n  \+  steps: 10"),
+        ({"trial": {"steps": 40}}, {}, r"-  steps: 300\n  \+  steps: 40"),
         ({"recipe": {"optimizer": "adam"}}, {}, r"\+  optimizer: adam"),
         ({}, {"case.py": "1234"}, r"\+  case\.py: '1234'"),
     ],

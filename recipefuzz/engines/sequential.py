@@ -74,11 +74,13 @@ def train(
     job: Job,
     budget: Budget,
     device: torch.device,
+    rows: tuple[Rows, Rows],
     constant: Constant,
 ) -> Outcome:
     """Run one trial until its verdict is known.
 
     Args:
+        rows: training and held-out rows on the device, scaled as the recipe says.
         constant: the best constant prediction, from which skill is counted.
 
     Raises:
@@ -86,9 +88,8 @@ def train(
     """
     started = time.perf_counter()
     trace, verdict = Trace(), None
+    task, (train_rows, test_rows) = _with_own_loss(task, device), rows
     with seeded(job.seed, device), flushed_denormals():
-        train_rows, test_rows = (rows.to(device) for rows in prepare.rows_for(task, job.recipe))
-        torch.manual_seed(job.seed)  # the rows may have drawn random numbers; the model's weights come first
         model = prepare.build_model(task, job.recipe, device)
         stepper = Stepper(model, task.loss, job.recipe, device)
         order = prepare.BatchOrder(len(train_rows), job.recipe.batch_size, job.seed)
@@ -153,8 +154,8 @@ def one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def _with_loss_on(task: Task, device: torch.device) -> Task:
-    """The task with a loss whose buffers, class weights say, lie where the model's outputs do."""
+def _with_own_loss(task: Task, device: torch.device) -> Task:
+    """The task with a loss of the trial's own: a module's state starts anew, and its buffers are on the device."""
     if not isinstance(task.loss, nn.Module):
         return task
     return replace(task, loss=copy.deepcopy(task.loss).to(device))
@@ -164,8 +165,9 @@ class SequentialEngine:
     """Trains jobs one after the other in this very process: for debugging, and for the processes of the pool."""
 
     def __init__(self, task: Task, budget: Budget, device: torch.device) -> None:
-        self._task, self._budget, self._device = _with_loss_on(task, device), budget, device
+        self._task, self._budget, self._device = task, budget, device
         self._baselines = Baselines(task, device)
+        self._rows: dict[tuple[str, str], tuple[Rows, Rows]] = {}
         self._waiting: deque[Job] = deque()
 
     def submit(self, job: Job) -> None:
@@ -182,10 +184,20 @@ class SequentialEngine:
         try:
             with one_thread():
                 constant = self._baselines.of(job.recipe)
-                return train(self._task, job, self._budget, self._device, constant)
+                rows = self._rows_of(job.recipe)
+                return train(self._task, job, self._budget, self._device, rows, constant)
         except RAISED as error:
             kind = "out of memory: " if _is_lack_of_memory(error) else ""
             return Outcome(job, Trace(), None, error=kind + describe_exception(error))
+
+    def _rows_of(self, recipe: Recipe) -> tuple[Rows, Rows]:
+        """Scaled and moved once for all recipes that scale alike."""
+        key = (recipe.input_norm, recipe.target_norm)
+        if key not in self._rows:
+            with seeded(0, self._device):
+                train_rows, test_rows = prepare.rows_for(self._task, recipe)
+                self._rows[key] = train_rows.to(self._device), test_rows.to(self._device)
+        return self._rows[key]
 
 
 def _is_lack_of_memory(error: BaseException) -> bool:

@@ -115,7 +115,7 @@ class Progress:
     def _best_text(self) -> str:
         assert self._best is not None
         values = ", ".join(f"{n} {shown(self._best.values[n])}" for n in self._axes)
-        return f"skill {self._best.skill:.2f} at {values} (trial {self._best.trial})"
+        return f"so far trial {self._best.trial}" + (f": {values}" if values else "")
 
 
 def _runs(phase: Phase) -> str:

@@ -24,7 +24,7 @@ def status_lines(folder: RunFolder) -> Iterator[str]:
     elapsed = folder.seconds()
     if searched and elapsed > 0:
         yield f"  speed    {len(searched) / elapsed:.2f} trials/s over {elapsed:.0f} s of search"
-    ranking = rank(results, config.search.rank_by)
+    ranking = rank(results, config.search.rank_by, wanted=config.search.confirm.seeds)
     if ranking:
         top = ranking[0]
         values = ", ".join(f"{n} {shown(top.trial.values[n])}" for n in config.axes.names)

@@ -44,11 +44,11 @@ def _verdict_line(ranking: Sequence[Ranked]) -> Text:
     safe = [r for r in ranking if r.safe]
     if safe:
         noun = "recipe" if len(safe) == 1 else "recipes"
-        return Text(f"{len(safe)} safe {noun}: converging on every confirming seed", style="bold green")
+        return Text(f"{len(safe)} safe {noun} (✓): converging on every confirming seed", style="bold green")
     if not ranking:
         return Text("no recipe converged", style="bold red")
     if all(r.runs == 0 for r in ranking):
-        return Text(f"{len(ranking)} recipes converged; none was confirmed on other seeds", style="bold yellow")
+        return Text(f"converged, but confirmed on no other seeds: {len(ranking)}", style="bold yellow")
     return Text("no recipe converged on every confirming seed", style="bold red")
 
 
@@ -62,7 +62,7 @@ def _top(ranking: Sequence[Ranked], config: Config) -> list[RenderableType]:
     for place, row in enumerate(ranking[:TOP], start=1):
         passed = f"{row.passed}/{row.runs}" if row.runs else "-"
         table.add_row(
-            str(place),
+            f"{'✓' if row.safe else ' '} {place}",
             *(shown(row.trial.values[n]) for n in names),
             passed,
             _number(row.skill),
@@ -71,7 +71,8 @@ def _top(ranking: Sequence[Ranked], config: Config) -> list[RenderableType]:
             str(row.trial.trial),
             style="" if row.safe else "dim",
         )
-    return [table, *_overfits(ranking[0])]
+    more = [Text(f"and {len(ranking) - TOP} more in ranking.csv", style="dim")] if len(ranking) > TOP else []
+    return [table, *more, *_overfits(ranking[0])]
 
 
 def _overfits(best: Ranked) -> list[RenderableType]:

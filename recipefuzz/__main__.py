@@ -1,0 +1,5 @@
+"""`python -m recipefuzz`."""
+
+from recipefuzz.cli import main
+
+main()
