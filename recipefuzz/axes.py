@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,6 +11,8 @@ from recipefuzz.recipe import AXES, Scalar, is_finite
 from recipefuzz.source import Source
 from recipefuzz.space import Axis, Choice, Range, Space
 
+MOST_INTEGER = 2**53  # above it not every whole number is a float, and samplers compute in floats
+MOST_STEPS = 1e9
 RANGE_KEYS = ("low", "high", "log", "step", "integer")
 # fmt: off
 TAKEN = frozenset((  # columns of the run's tables that are no axes: an axis of such a name would hide the column
@@ -167,13 +170,21 @@ def _check_range(name: str, axis: Range, source: Source) -> None:
         raise InputError("a log range can't reach 0", place=place, found=shown, expected="low > 0", fix=fix)
     if axis.integer and (low != int(low) or high != int(high)):
         raise InputError("an integer range with a fraction", place=place, found=shown, expected="whole low and high")
+    if not math.isfinite(float(high) - float(low)) or (axis.integer and max(-low, high) > MOST_INTEGER):
+        raise InputError("a range too wide to be computed with", place=place, found=shown)
     if axis.step is not None:
-        if axis.log:
-            raise InputError("log and step together", place=place, fix="keep one of them")
-        if not 0 < axis.step <= high - low:
-            bounds = f"more than 0, at most {high - low:g}"
-            where = source.place("space", name, "step")
-            raise InputError("not a step of this range", place=where, found=axis.step, expected=bounds)
-        if axis.integer and axis.step != int(axis.step):
-            where = source.place("space", name, "step")
-            raise InputError("a step with a fraction in an integer range", place=where, found=axis.step)
+        _check_step(name, axis, axis.step, source)
+
+
+def _check_step(name: str, axis: Range, step: float, source: Source) -> None:
+    place, where, width = source.place("space", name), source.place("space", name, "step"), axis.high - axis.low
+    if axis.log:
+        raise InputError("log and step together", place=place, fix="keep one of them")
+    if not 0 < step <= width:
+        bounds = f"more than 0, at most {width:g}"
+        raise InputError("not a step of this range", place=where, found=step, expected=bounds)
+    if width / step > MOST_STEPS:
+        fix = "a larger step, or none: then any value is taken"
+        raise InputError(f"more than {MOST_STEPS:g} steps in this range", place=where, found=step, fix=fix)
+    if axis.integer and step != int(step):
+        raise InputError("a step with a fraction in an integer range", place=where, found=step)

@@ -28,7 +28,7 @@ from recipefuzz.report.write import write_reports
 from recipefuzz.result import Phase, TrialResult, result_of
 from recipefuzz.run_folder import RunFolder, fingerprints, identity
 from recipefuzz.source import numbers_as_meant
-from recipefuzz.store import StudySearch
+from recipefuzz.store import StudySearch, total
 from recipefuzz.targets.resolve import resolve, user_files
 from recipefuzz.verdict import Budget
 
@@ -110,6 +110,7 @@ def search(
             expected="at least one axis, such as space: {lr: {low: 1e-5, high: 10, log: true}}",
         )
     window = ask_ahead(config)  # first of all: it knows whether the device is there
+    total(config.search, config.axes)  # and this whether a grid is too large
     if abs(rehearse(resolve(config), config)) < evidence.TINY:
         raise InputError(
             "a constant prediction already has loss 0: skill, which counts from it, can't be measured",

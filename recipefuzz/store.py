@@ -37,6 +37,7 @@ from recipefuzz.result import Phase, TrialResult
 from recipefuzz.space import Axis, Choice, Range, Space
 from recipefuzz.verdict import Label
 
+MOST_GRID_POINTS = 50_000  # Optuna lists them all at every ask
 RESULT, ELAPSED, META, WINDOW = "result", "elapsed", "recipefuzz", "window"
 FINISHED = (TrialState.COMPLETE, TrialState.FAIL)
 
@@ -233,7 +234,15 @@ def total(search: SearchConfig, space: Space) -> int:
     """Trials that the search will have in all: fewer than asked for where a grid has no more points."""
     if search.sampler != "grid":
         return search.trials
-    return min(search.trials, math.prod(len(axis.grid(search.grid_points)) for _, axis in space.axes))
+    points = math.prod(len(axis.grid(search.grid_points)) for _, axis in space.axes)
+    if points > MOST_GRID_POINTS:
+        raise InputError(
+            f"a grid of {points:,} points",
+            place=Place(key="search.sampler"),
+            expected=f"at most {MOST_GRID_POINTS:,}",
+            fix="fewer search.grid_points, fewer axes, or sampler: qmc, which spreads any number of trials evenly",
+        )
+    return min(search.trials, points)
 
 
 def objective(result: TrialResult) -> tuple[float, float]:

@@ -301,6 +301,25 @@ trial: {steps: null}
 FILE:2: trial.steps: input should be a valid integer
   found:    null
   expected: an integer, 20 or more: optimizer steps of one short trial
+=== tiny step
+TARGET
+space: {lr: {low: 1e-3, high: 1e10, step: 1e-20}}
+~~~
+FILE:2: space.lr.step: more than 1e+09 steps in this range
+  found:    1e-20
+  fix:      a larger step, or none: then any value is taken
+=== wide integers
+TARGET
+space: {width: {low: 1, high: 1000000000000000000000000}}
+~~~
+FILE:2: space.width: a range too wide to be computed with
+  found:    low: 1, high: 1000000000000000000000000
+=== wide range
+TARGET
+space: {depth: {low: -1.7e308, high: 1.7e308}}
+~~~
+FILE:2: space.depth: a range too wide to be computed with
+  found:    low: -1.7e+308, high: 1.7e+308
 === zero steps
 TARGET
 trial: {steps: 0}

@@ -28,7 +28,7 @@ from recipefuzz.journal import Journal, is_locked
 from recipefuzz.result import Phase, TrialResult
 from recipefuzz.run_folder import RunFolder, identity
 from recipefuzz.space import Choice, Range, Space
-from recipefuzz.store import Asked, Store, StudySearch, distribution, objective
+from recipefuzz.store import Asked, Store, StudySearch, distribution, objective, total
 
 steady = settings(
     derandomize=True,
@@ -733,3 +733,9 @@ def test_run_is_found_by_its_study_its_folder_and_a_file_in_it(tmp_path, monkeyp
         assert RunFolder.find(name).path == folder.path
     with pytest.raises(InputError, match=r"wine: no run there\n(.|\n)*fix: +runs here: digits"):
         RunFolder.find("wine")
+
+
+def test_a_grid_that_is_too_large_is_refused():
+    axes = tuple((f"a{i}", Range(0.0, 1.0)) for i in range(9))
+    with pytest.raises(InputError, match=r"search.sampler: a grid of 1,953,125 points(.|\n)*sampler: qmc"):
+        total(SearchConfig(sampler="grid"), Space(axes))

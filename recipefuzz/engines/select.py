@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 
 import torch
@@ -55,7 +56,7 @@ def pick_device(config: Config) -> str:
         return "cuda" if torch.cuda.is_available() else "cpu"
     place = config.source.place("run", "device")
     kind, _, index = wanted.partition(":")
-    if kind not in ("cpu", "cuda", "mps") or (index and (kind != "cuda" or not index.isdigit())):
+    if not re.fullmatch(r"cpu|mps|cuda(:[0-9]{1,4})?", wanted):
         raise InputError("not a device", place=place, found=wanted, expected="auto, cpu, cuda, cuda:0, ... or mps")
     there = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}[kind]
     if there <= int(index or 0):
