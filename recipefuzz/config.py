@@ -109,7 +109,7 @@ class SearchConfig(_Section):
 
 
 class RunConfig(_Section):
-    """Where it runs. Nothing here changes a result."""
+    """Where it runs. Nothing here changes a result, but for the rounding of another device."""
 
     device: str = "auto"
     engine: Literal["auto", "sequential"] = "auto"
