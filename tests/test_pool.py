@@ -5,6 +5,7 @@ A pool takes a second or three to start: the forkserver's torch is imported once
 
 from __future__ import annotations
 
+import gc
 import itertools
 import os
 import re
@@ -17,7 +18,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from recipefuzz.engines import pool, select
+from recipefuzz.engines import pool, select, worker
 from recipefuzz.engines.job import Job, run
 from recipefuzz.engines.pool import PoolEngine, died
 from recipefuzz.engines.sequential import SequentialEngine
@@ -32,6 +33,7 @@ BUDGET = Budget(24, 1)
 # rows and models that draw from all generators; a model whose third training step may be the process's last
 USERS_CODE = """
 import os, random, signal, time
+from pathlib import Path
 import numpy as np
 from torch.utils.data import Dataset
 
@@ -43,6 +45,16 @@ class Drawing(Dataset):
 
 first = load
 def load(): return Drawing(), Drawing()
+
+def leave_a_child():
+    if (child := os.fork()) == 0:
+        time.sleep(100)
+        os._exit(0)
+    Path(__file__).with_name("child").write_text(str(child))
+    os._exit(3)
+
+def lose_device(kind):
+    raise kind("CUDA error: device-side assert triggered\\nand more")
 
 class Fated(nn.Sequential):
     def forward(self, x):
@@ -57,6 +69,9 @@ class Fated(nn.Sequential):
         "kill": lambda: os.kill(os.getpid(), signal.SIGKILL),
         "crash": lambda: os.kill(os.getpid(), signal.SIGSEGV),
         "hang": lambda: time.sleep(1000),
+        "fork": leave_a_child,
+        "lost": lambda: lose_device(torch.AcceleratorError),
+        "lost, older torch": lambda: lose_device(RuntimeError),
     }
 
 def build(fate="train", width=4):
@@ -192,6 +207,82 @@ def test_a_worker_that_dies_between_trials_costs_none(write_study, monkeypatch):
         engine.close()
 
 
+def test_a_worker_that_dies_and_leaves_a_child(write_study):
+    """What the user's code forked holds the worker's end of the pipe: it never closes."""
+    config = write_study(USERS_CODE)
+    jobs = jobs_of(config, [{"fate": "fork"}, {"lr": 0.1}])
+    started = time.monotonic()
+    try:
+        found = of_pool(config, jobs, workers=1)
+    finally:
+        os.kill(int((config.folder / "child").read_text()), signal.SIGKILL)
+    assert time.monotonic() - started < 60
+    assert [found[key].error for key in (0, 1)] == ["killed: the worker process ended with exit code 3", ""]
+
+
+@pytest.mark.parametrize("fate", ["lost", "lost, older torch"])
+def test_a_worker_that_has_lost_its_gpu_is_replaced(write_study, fate):
+    config = write_study(USERS_CODE)
+    fates = [fate, "train", "raise", fate, fate, "train"]
+    engine = PoolEngine(config, BUDGET, ["cpu"], None)
+    pids, errors = [], []
+    try:
+        for outcome in run(engine, jobs_of(config, [{"lr": 0.1, "fate": fate} for fate in fates])):
+            pids += pids_of(engine)
+            errors.append(outcome.error.partition(" (")[0])
+    finally:
+        engine.close()
+    kind = "RuntimeError" if "older" in fate else "AcceleratorError"
+    lost = f"{kind}: CUDA error: device-side assert triggered"
+    assert errors == [lost, "", "IndexError: list index out of range", lost, lost, ""]
+    assert [pids.index(pid) for pid in pids] == [0, 0, 0, 3, 4, 4]
+
+
+class Jobs:
+    """The worker's end of the pipe."""
+
+    def __init__(self, jobs):
+        self.jobs, self.sent = jobs, []
+
+    def recv(self):
+        return self.jobs.pop(0)
+
+    def send(self, message):
+        self.sent.append(message)
+
+
+def test_a_worker_leaves_when_its_gpu_is_lost(write_study):
+    config = write_study(USERS_CODE)
+    pipe = Jobs(jobs_of(config, [{"lr": 0.1}, {"fate": "raise"}, {"fate": "lost"}, {"lr": 0.1}]))
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        worker.serve(pipe, config, BUDGET, "cpu")
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert [job.key for job in pipe.jobs] == [3]
+    assert pipe.sent[0] == "ready"
+    assert [(outcome.job.key, leaves) for outcome, leaves in pipe.sent[1:]] == [(0, False), (1, False), (2, True)]
+
+
+CHILDREN = """
+import multiprocessing
+from torch.utils.data import DataLoader, TensorDataset
+
+first = load
+def load():
+    x, y, *_ = first()
+    with multiprocessing.get_context("fork").Pool(1) as children:
+        assert children.map(abs, [-1]) == [1]
+    parts = list(DataLoader(TensorDataset(x, y), batch_size=8, num_workers=1))
+    return tuple(torch.cat(part) for part in zip(*parts)) * 2
+"""
+
+
+def test_the_users_code_may_have_processes_of_its_own(write_study):
+    config = write_study(CHILDREN)
+    assert of_pool(config, jobs_of(config, [{"lr": 0.1}]), workers=1)[0].error == ""
+
+
 def test_close_leaves_no_processes(write_study):
     config = write_study(USERS_CODE)
     engine = PoolEngine(config, BUDGET, ["cpu"] * 3, None)
@@ -212,6 +303,45 @@ def test_close_while_workers_are_starting(write_study):
     pids = pids_of(engine)
     engine.close()
     assert not any(map(alive, pids))
+
+
+def test_an_engine_that_is_forgotten_leaves_no_processes(write_study):
+    engine = PoolEngine(write_study(USERS_CODE), BUDGET, ["cpu"] * 2, None)
+    pids = pids_of(engine)
+    assert all(map(alive, pids))
+    del engine
+    gc.collect()
+    assert gone(pids)
+
+
+ABANDONED = """
+import sys, tempfile
+held = tempfile.TemporaryDirectory()  # the first weakref.finalize: before multiprocessing registers what it does at exit
+from recipefuzz.config import load_config
+from recipefuzz.engines.pool import PoolEngine
+from recipefuzz.verdict import Budget
+
+def start_two(self, slot):
+    if slot == 2:
+        raise RuntimeError("in the constructor")
+    worker = start(self, slot)
+    print(worker.process.pid, flush=True)
+    return worker
+
+start, PoolEngine._start = PoolEngine._start, start_two
+engine = PoolEngine(load_config(sys.argv[1]), Budget(24, 0), ["cpu"] * int(sys.argv[2]), None)
+raise RuntimeError("before close")
+"""
+
+
+@pytest.mark.parametrize(("workers", "error"), [(2, "before close"), (3, "in the constructor")])
+def test_the_parent_ends_when_it_never_closed_its_engine(write_study, workers, error):
+    folder = write_study(USERS_CODE).folder
+    command = [sys.executable, "-c", ABANDONED, str(folder / "config.yaml"), str(workers)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=folder, timeout=120)
+    assert (done.returncode, done.stderr.splitlines()[-1]) == (1, f"RuntimeError: {error}")
+    assert len(done.stdout.split()) == 2
+    assert gone(map(int, done.stdout.split()))
 
 
 @pytest.mark.parametrize(
@@ -288,7 +418,7 @@ result = recipefuzz.search({
     "study": "small",
     "target": {"data": "case:load", "model": "case:build", "loss": "mse"},
     "space": {"lr": {"low": 1e-3, "high": 1, "log": True}},
-    "trial": {"steps": 16, "batch_size": 8},
+    "trial": {"steps": 24, "batch_size": 8},
     "search": {"trials": 4, "confirm": {"top": 0}},
     "run": {"workers": 2},
 })
@@ -302,6 +432,49 @@ def test_a_script_without_a_main_guard(write_study):
     done = subprocess.run([sys.executable, "script.py"], capture_output=True, text=True, check=False, cwd=folder)
     assert (done.returncode, done.stdout.split()) == (0, ["4", "__main__", "script.py"]), done.stderr
     assert (folder / "ran").read_text() == "once\n"
+
+
+NAMESAKE = """
+import os, sys
+assert "PYTHONSAFEPATH" not in os.environ
+assert os.path.samefile(sys.path[0], os.path.dirname(__file__))
+"""
+SEARCH = """
+space: {lr: {low: 1e-3, high: 0.1, log: true}}
+trial: {steps: 24, batch_size: 8}
+search: {trials: 2, confirm: {top: 0}}
+run: {workers: 1}
+"""
+
+
+def test_modules_beside_the_config_with_a_name_of_pythons(write_study, tmp_path):
+    """The target does not use them; python -c, which multiprocessing starts processes with, would."""
+    folder = write_study(NAMESAKE, SEARCH, folder=tmp_path / "study").folder
+    for name in ("random", "selectors", "tempfile"):
+        (folder / f"{name}.py").write_text("raise RuntimeError('the namesake')")
+    (tmp_path / "run.py").write_text("from recipefuzz.cli import main\nmain()\n")
+    command = [sys.executable, str(tmp_path / "run.py"), "search", "config.yaml"]
+    environment = {name: value for name, value in os.environ.items() if name != pool.SAFE_PATH}
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=False, cwd=folder, timeout=120, env=environment
+    )
+    assert "Traceback" not in done.stderr
+    assert "namesake" not in done.stdout + done.stderr
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("users", [None, "yes"])
+def test_processes_are_started_with_the_configs_folder_last(monkeypatch, tmp_path, users):
+    others = sys.path.copy()
+    monkeypatch.delenv(pool.SAFE_PATH, raising=False)
+    if users:
+        monkeypatch.setenv(pool.SAFE_PATH, users)
+    sys.path.insert(0, str(tmp_path))
+    with pool._apart_from_users_code(tmp_path):
+        assert sys.path == [*others, str(tmp_path)]
+        assert os.environ[pool.SAFE_PATH]
+    assert sys.path == [str(tmp_path), *others]
+    assert os.environ.get(pool.SAFE_PATH) == users
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import random
 import subprocess
 import sys
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -501,6 +502,46 @@ def test_an_overflow_leaves_parameters_and_state_as_they_were(kind):
     assert all(torch.equal(a, b) for a, b in zip(before, everything(), strict=True))
     step(False)
     assert not torch.equal(before[0], parameters[0])
+
+
+@pytest.mark.parametrize("clip_norm", [None, 0.5])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("kind", ["sgd", "adam", "rmsprop"])
+def test_an_overflow_that_is_not_the_scales_is_nan(kind, value, clip_norm):
+    """The scale falls from 2**16 to 1 in 16 steps; parameters and state stay, as GradScaler leaves them."""
+    given = recipe(optimizer=kind, clip_norm=clip_norm)
+    parameters = list(nn.Linear(3, 2).parameters())
+    before = [p.detach().clone() for p in parameters]
+    optimizer, scaler, norms = prepare.build_optimizer(parameters, given), LossScaler(CPU), []
+    for _ in range(20):
+        for p in parameters:
+            p.grad = torch.full_like(p, value)
+        overflow = scaler.unscale(parameters)
+        norms.append(float(prepare.clip_gradients(parameters, given)))
+        scaler.step(optimizer, parameters, overflow)
+    assert norms[:16] == [0] * 16
+    assert np.isnan(norms[16:]).all()
+    assert float(scaler._scale) == 2.0**-4
+    assert all(torch.equal(a, b) for a, b in zip(before, parameters, strict=True))
+    state = [v for p in parameters for v in optimizer.state[p].values() if isinstance(v, Tensor)]
+    assert not any(v.any() for v in state)
+    for p in parameters:
+        p.grad = torch.ones_like(p)
+    assert not scaler.unscale(parameters)
+    assert torch.equal(parameters[0].grad, torch.full((2, 3), 16.0))
+
+
+@pytest.mark.parametrize(
+    ("device", "precision", "expected"),
+    [("cpu", "fp16", {}), ("mps", "fp16", {}), ("cuda", "fp16", {"capturable": True}), ("cuda", "fp32", {}),
+     ("xpu", "fp16", {"capturable": True}), ("mps", "fp32", {})],
+)  # fmt: skip
+def test_the_step_counter_is_on_the_device_where_torch_can_have_it_there(monkeypatch, device, precision, expected):
+    monkeypatch.setitem(prepare.OPTIMIZERS, "adam", (lambda _, **settings: settings, {}))
+    settings = prepare.build_optimizer(
+        [SimpleNamespace(device=torch.device(device))], recipe(optimizer="adam", precision=precision)
+    )
+    assert settings == {"lr": 0.05} | expected
 
 
 def test_the_scale_does_not_grow_to_infinity(monkeypatch):

@@ -358,6 +358,22 @@ def test_a_gradient_that_does_no_harm_is_not_bad(factor, values):
     assert trace.steps == 24
 
 
+@pytest.mark.parametrize("factor", [math.nan, math.inf])
+@pytest.mark.parametrize("values", [{}, {"clip_norm": 1.0}, {"optimizer": "adam"}])
+def test_first_bad_of_fp16_is_when_the_scale_is_no_longer_to_blame(factor, values):
+    """The step is taken back while the scale falls from 2**16 to 1, once a step: bad is the one after those 16."""
+
+    def build():
+        model = nn.Linear(6, 2)
+        model.weight.register_hook(lambda g: (g.abs() + 1) * factor if planted.calls >= 5 else g)
+        return model
+
+    planted = Planted(lambda loss, _: loss, 5)
+    small = TensorRows(X / 100, Y / 100)  # nothing else overflows
+    trace = trace_of(task_of(build, planted, train=small, test=small), steps=40, precision="fp16", **values)
+    assert trace.first_bad == 5 + 16
+
+
 def test_an_early_death_is_paid_for_up_to_its_checkpoint():
     trace = trace_of(task_of(), steps=400, lr=1e30)
     assert trace.first_bad <= 3
@@ -368,12 +384,42 @@ def test_an_early_death_is_paid_for_up_to_its_checkpoint():
 # --- records
 
 
-@pytest.mark.parametrize("most", [1, 600, 2**26])
-def test_records_do_not_depend_on_how_many_are_reduced_at_once(monkeypatch, most):
-    expected = bits(trace_of(task_of(), optimizer="adam"))
-    monkeypatch.setattr(recorder, "BYTES", most)
-    again = bits(trace_of(task_of(), optimizer="adam"))
-    assert again == expected
+def test_records_are_the_norms_that_they_are_called():
+    weight, bias = torch.nn.Parameter(torch.ones(2, 3)), torch.nn.Parameter(torch.ones(4))
+    records = recorder.Recorder([bias, weight])
+    for change in (1.0, -0.5):
+        with torch.no_grad():
+            weight += change
+            bias += 2 * change
+        records.add(torch.tensor(7.0), torch.tensor(3.0))
+    rows = records.take()
+    change = [(6 + 4 * 4) ** 0.5, 0.5 * (6 + 4 * 4) ** 0.5]
+    assert rows[:, :2].tolist() == [[7.0, 3.0]] * 2
+    assert rows[:, 2].tolist() == pytest.approx(change)
+    assert rows[:, 3].tolist() == pytest.approx([6**0.5, 0.5 * 6**0.5])
+    assert rows[:, 4].tolist() == pytest.approx([6**0.5, 24**0.5])
+    assert rows[:, 5].tolist() == pytest.approx([10**0.5, (24 + 36) ** 0.5])
+    assert rows[:, 6].tolist() == [0.0, 0.0]
+
+
+@pytest.mark.parametrize(
+    ("weight", "loss", "gradient", "bad"),
+    [
+        (1e30, 1.0, 1.0, False),  # finite, though its square is not
+        (1.0, 1.0, math.inf, False),  # a sum of squares that overflowed
+        (math.inf, 1.0, 1.0, True),
+        (math.nan, 1.0, 1.0, True),
+        (1.0, math.inf, 1.0, True),
+        (1.0, 1.0, math.nan, True),
+    ],
+)
+def test_a_step_is_bad_where_something_is_not_finite(weight, loss, gradient, bad):
+    parameter = torch.nn.Parameter(torch.zeros(1000, 2))
+    records = recorder.Recorder([parameter])
+    with torch.no_grad():
+        parameter[123, 1] = weight
+    records.add(torch.tensor(loss), torch.tensor(gradient))
+    assert bool(records.take()[0, 6]) is bad
 
 
 def chunk_of(rows, bad=()):

@@ -17,11 +17,11 @@ from torch.utils.data import Dataset, TensorDataset
 from recipefuzz.engines.rehearse import rehearse
 from recipefuzz.errors import InputError, Place
 from recipefuzz.targets.imported import load_callable, load_object
-from recipefuzz.targets.losses import LOSSES, cross_entropy_last
-from recipefuzz.targets.resolve import resolve
+from recipefuzz.targets.losses import LOSSES, class_dim, cross_entropy_last, is_ambiguous
+from recipefuzz.targets.resolve import resolve, user_files
 from recipefuzz.targets.rows import as_rows, check_finite
 from recipefuzz.targets.scaling import scaled
-from recipefuzz.targets.task import DatasetRows, TensorRows, some_rows
+from recipefuzz.targets.task import DatasetRows, TensorRows, read_targets, some_rows
 
 PLACE = Place("config.yaml", 2, "target.data")
 AT_DATA, AT_MODEL, AT_LOSS = (
@@ -121,7 +121,8 @@ BAD_PATHS = [
         "did you mean 'pack.mine'?",
     ),
     ("nowhere_at_all:build", {}, "no module named 'nowhere_at_all'", "fix:      put the file beside the config"),
-    ("mine.py:build", {"mine": ""}, "no module named 'mine.py'", "fix:      did you mean 'mine'?"),
+    ("mine.py:build", {"mine": ""}, "no module named 'mine.py'", "fix:      did you mean 'mine:build'?"),
+    ("pack/mine.py:build", {"pack/mine": ""}, "no module named", "fix:      did you mean 'pack.mine:build'?"),
     ("mine:biuld", {"mine": "def build(): ..."}, "mine has no 'biuld'", "fix:      did you mean mine:build?"),
     ("mine:build", {"mine": "def f(): ...\ndef g(): ..."}, "mine has no 'build'", "fix:      it defines: f, g"),
     ("mine:Box.maek", {"mine": "class Box:\n    make = 1"}, "mine:Box has no 'maek'", "did you mean mine:Box.make?"),
@@ -440,14 +441,28 @@ BAD_CODE = [
     ("unknown model_args", "", "  model_args:\n    widht: 3\n", "mse", r"config\.yaml:6: target\.model_args\.widht", "case:build takes no argument 'widht'", "fix:      did you mean 'width'?"),
     ("unknown data_args", "", "  data_args: {rows: 3}\n", "mse", r"config\.yaml:5: target\.data_args\.rows", "case:load takes no argument 'rows'", "expected: no arguments"),
     ("kwargs passed on", "def build(**more): return nn.Linear(3, 1, **more)", "recipe: {widht: 3}\n", "mse", AT_MODEL, "building the model raised TypeError", "return nn.Linear(3, 1, **more)"),
-    ("missing argument", "def build(width): return nn.Linear(3, width)", "", "mse", AT_MODEL, "building the model raised TypeError", "missing 1 required positional argument: 'width'"),
+    ("missing argument", "def build(width): return nn.Linear(3, width)", "", "mse", AT_MODEL, "building the model raised TypeError", "fix:      model_args: {width: ...} under target"),
+    ("missing arguments", "def build(width, *, depth): return nn.Linear(3, width)", "", "mse", AT_MODEL, "building the model raised TypeError", "model_args: {width: ...} under target"),
+    ("missing inside", "def build(): return nn.Linear(3)", "", "mse", AT_MODEL, "building the model raised TypeError", "return nn.Linear(3)"),
     ("no module", "def build(): return [nn.Linear(3, 1)]", "", "mse", AT_MODEL, "the model factory returned a list, not a torch.nn.Module", ""),
     ("forgotten return", "def build(): nn.Linear(3, 1)", "", "mse", AT_MODEL, "the model factory returned None (is a `return` missing?), not a torch.nn.Module", ""),
     ("factory raises", "def build():\n    return nn.Linear(3, absent)", "", "mse", AT_MODEL, "building the model raised NameError", "return nn.Linear(3, absent)"),
     ("no parameters", "def build(): return nn.Flatten()", "", "mse", AT_MODEL, "the model has no parameters to train", "found:    Flatten"),
     ("all frozen", "def build(): return nn.Linear(3, 1).requires_grad_(False)", "", "mse", AT_MODEL, "the model has no parameters to train", "requires_grad"),
     ("shape", "def build(): return nn.Linear(5, 1)", "", "mse", AT_MODEL, "the model, given x of shape (40, 3), raised RuntimeError", "mat1 and mat2 shapes cannot be multiplied (40x3 and 5x1)"),
-    ("outputs", "def build(): return nn.Linear(3, 2)", "", "mse", AT_LOSS, "the model's output has shape (40, 2), the target (40, 1)", ""),
+    ("outputs", "def build(): return nn.Linear(3, 2)", "", "mse", AT_LOSS, "the model's output has shape (40, 2), the target (40, 1)", "fix:      give the model 1 output a row"),
+    ("bce outputs", "def load(): return torch.rand(8, 3), torch.eye(8)[:, :3], torch.rand(8, 3), torch.eye(8)[:, :3]\ndef build(): return nn.Linear(3, 2)", "", "bce", AT_LOSS, "the model's output has shape (8, 2), the target (8, 3)", "expected: an output of shape (8, 3)\n  fix:      give the model 3 outputs a row"),
+    ("a tuple for mse", "class build(nn.Linear):\n    def __init__(self): super().__init__(3, 1)\n    def forward(self, x): return super().forward(x), x", "", "mse", AT_LOSS, "mse needs a model whose output is one tensor", "found:    <class 'tuple'>"),
+    ("as many positions as classes", "def load():\n    x = torch.randn(8, 4); y = torch.arange(32).reshape(8, 4) % 3\n    return x, y, x, y\ndef build(): return nn.Sequential(nn.Linear(4, 16), nn.Unflatten(1, (4, 4)))", "", "cross_entropy", AT_LOSS, "which dimension of the output holds the classes? Both have 4", "fix:      def loss(output, target): return torch.nn.functional.cross_entropy(output.flatten(0, 1)"),
+    ("the same model", "NET = nn.Linear(3, 1)\ndef build(): return NET", "", "mse", AT_MODEL, "case:build() must return a fresh model that depends on nothing but the seed", "found:    two calls return the same parameter weight"),
+    ("a shared part", "BODY = nn.Linear(3, 5)\ndef build(): return nn.Sequential(BODY, nn.Linear(5, 1))", "", "mse", AT_MODEL, "case:build() must return a fresh model", "the same parameter 0.weight"),
+    ("a shared storage", "FLAT = torch.zeros(4)\ndef build():\n    net = nn.Linear(3, 1)\n    net.weight = nn.Parameter(FLAT[:3].view(1, 3))\n    return net", "", "mse", AT_MODEL, "case:build() must return a fresh model", "the same parameter weight"),
+    ("a counter", "CALLS = []\ndef build():\n    CALLS.append(1)\n    net = nn.Linear(3, 1)\n    nn.init.constant_(net.weight, len(CALLS))\n    return net", "", "mse", AT_MODEL, "case:build() must return a fresh model", "found:    the initial parameters differ in two calls with the seed 0"),
+    ("norm choice", "", "space:\n  norm:\n    - null\n    - batch\n", "mse", r"config\.yaml:8: space\.norm\[1\]", "norm = 'batch': the model factory takes no `norm` argument", "leave 'batch' out of the axis"),
+    ("norm choice that raises", "def build(norm='none'):\n    return {'none': nn.Linear(3, 1)}[norm]", "space:\n  norm: [none, rms]\n", "mse", r"config\.yaml:6: space\.norm\[1\]", "norm = 'rms': the default recipe with this value raised KeyError", "return {'none': nn.Linear(3, 1)}[norm]"),
+    ("input_norm choice", "def load():\n    x = torch.arange(40).reshape(8, 5)\n    return x, x[:, 0] % 2, x, x[:, 0] % 2\ndef build(): return nn.Sequential(nn.Embedding(40, 2), nn.Flatten(), nn.Linear(10, 2))", "space:\n  input_norm: [none, standardize]\n", "cross_entropy", r"config\.yaml:6: space\.input_norm\[1\]", "input_norm = 'standardize': standardize needs floating-point values", "leave it at none"),
+    ("target_norm choice", "def load(): return torch.ones(4, 3), torch.arange(4), torch.ones(4, 3), torch.arange(4)\ndef build(): return nn.Linear(3, 4)", "space:\n  target_norm: [none, minmax]\n", "cross_entropy", r"config\.yaml:6: space\.target_norm\[1\]", "target_norm = 'minmax': minmax needs floating-point values", "class labels"),
+    ("precision choice", "def loss(o, y):\n    return (o.view(torch.int32).float() * 0 + (o - y) ** 2).mean() if o.dtype == torch.float32 else o.absent", "space:\n  precision: [fp32, bf16]\n", "case:loss", r"config\.yaml:6: space\.precision\[1\]", "precision = 'bf16': the default recipe with this value raised AttributeError", "o.absent"),
     ("norm of nothing", "", "recipe: {norm: batch}\n", "mse", AT_MODEL, "norm = 'batch': the model factory takes no `norm` argument, and the model has no normalization layers", "add a `norm` argument"),
     ("token scaling", "def load():\n    x = torch.arange(40).reshape(8, 5)\n    return x, x[:, 0] % 2, x, x[:, 0] % 2", "space:\n  input_norm: [standardize, none]\n", "cross_entropy", r"config\.yaml:6: space\.input_norm", "standardize needs floating-point values, but these are torch.int64", "leave it at none"),
     ("label scaling", "def load(): return torch.ones(4, 3), torch.arange(4), torch.ones(4, 3), torch.arange(4)\ndef build(): return nn.Linear(3, 4)", "recipe:\n  lr: 1\n  target_norm: minmax\n", "cross_entropy", r"config\.yaml:7: recipe\.target_norm", "minmax needs floating-point values, but these are torch.int64", "class labels"),
@@ -458,8 +473,8 @@ BAD_CODE = [
     ("labels by position", "def load(): return torch.ones(4, 3), torch.arange(12).reshape(4, 3), torch.ones(4, 3), torch.arange(12).reshape(4, 3)\ndef build(): return nn.Sequential(nn.Linear(3, 30), nn.Unflatten(1, (3, 10)))", "", "cross_entropy", AT_MODEL, "a label outside the model's 10 classes", "y_train: label 10 in row 3; 2 such labels"),
     ("no logits", "def load(): return torch.ones(4, 3), torch.arange(4), torch.ones(4, 3), torch.arange(4)\ndef build(): return nn.Sequential(nn.Linear(3, 1), nn.Flatten(0))", "", "cross_entropy", AT_MODEL, "cross_entropy needs logits", "found:    output (4,)"),
     ("loss by row", "def loss(o, y): return ((o - y) ** 2).mean(1)", "", "case:loss", AT_LOSS, "the loss is not scalar", "fix:      end it with .mean()"),
-    ("loss a number", "def loss(o, y): return ((o - y) ** 2).mean().item()", "", "case:loss", AT_LOSS, "the loss is not scalar", "found:    float"),
-    ("loss of nothing", "def loss(o, y): ((o - y) ** 2).mean()", "", "case:loss", AT_LOSS, "the loss is not scalar", "found:    NoneType"),
+    ("loss a number", "def loss(o, y): return ((o - y) ** 2).mean().item()", "", "case:loss", AT_LOSS, "the loss is not scalar", "found:    float\n  expected: one number per batch\n  fix:      return the tensor, not .item()"),
+    ("loss of nothing", "def loss(o, y): ((o - y) ** 2).mean()", "", "case:loss", AT_LOSS, "the loss is not scalar", "fix:      is a `return` missing?"),
     ("loss detached", "def loss(o, y): return ((o.detach() - y) ** 2).mean()", "", "case:loss", AT_LOSS, "the loss does not depend on the model's parameters", "fix:      look for .detach(), .item() or torch.no_grad()"),
     ("loss raises", "def loss(o, y):\n    return (o @ y).mean()", "", "case:loss", AT_LOSS, "the loss, given output of shape (40, 1) and target of shape (40, 1), raised RuntimeError", "return (o @ y).mean()"),
     ("loss of one argument", "def loss(o): return o.mean()", "", "case:loss", AT_LOSS, "the loss, given output of shape (40, 1) and target of shape (40, 1), raised TypeError", "takes 1 positional argument but 2 were given"),
@@ -519,6 +534,131 @@ def load(): return Mine(), Mine()
         InputError, match=rf"{AT_LOSS}: the loss, given output of shape \(8, 1\) and target of shape dict, raised"
     ):
         rehearse(task, config)
+
+
+def test_positions_and_classes_of_a_built_in_model_are_not_confused(write_study):
+    code = """
+def load():
+    x = torch.arange(36).reshape(9, 4) * 7 % 5 % 4
+    return x, x.roll(1, 1), x, x.roll(1, 1)
+"""
+    config = write_study(code, model="gru", loss="cross_entropy")
+    assert rehearse(resolve(config), config) > 0
+
+
+def test_choices_that_are_no_fault(write_study):
+    """The factory's own axes may fail in a trial; initial weights may be fixed, and be copied from one model."""
+    code = """
+import copy
+NET = nn.Linear(3, 1)
+def build(norm="none", kind="good"):
+    return {"good": copy.deepcopy(NET)}[kind]
+"""
+    space = (
+        "  norm: [none, batch, layer]\n  kind: [good, bad]\n  precision: [fp32, bf16, fp16]\n  lr: {low: 1, high: 2}\n"
+    )
+    config = write_study(code, "space:\n" + space)
+    rehearse(resolve(config), config)
+
+
+def test_one_recipe_alone_is_rehearsed_where_one_is_given(write_study):
+    config = write_study("", "space: {norm: [null, batch]}\n")
+    rehearse(resolve(config), config, config.default_recipe())
+
+
+def test_a_missing_argument_of_the_loader_and_a_dot_for_a_colon(write_study, tmp_path):
+    with pytest.raises(InputError, match=r"target\.data: loading case:load raised TypeError") as caught:
+        resolve(write_study("def load(rows): ..."))
+    assert "fix:      data_args: {rows: ...} under target" in str(caught.value)
+    with pytest.raises(InputError, match=r"target\.model: no built-in model of that name") as caught:
+        resolve(write_study(model="case.build", folder=tmp_path / "other"))
+    assert "fix:      did you mean 'case:build'?" in str(caught.value)
+
+
+def test_a_row_that_is_no_pair_is_shown_whole_where_data_are_scaled(write_study):
+    code = """
+from torch.utils.data import Dataset
+class Mine(Dataset):
+    broken = False
+    def __len__(self): return 6
+    def __getitem__(self, i): return 1.0 if self.broken else (torch.randn(3), torch.randn(1))
+def load(): return Mine(), Mine()
+"""
+    config = write_study(code, "recipe: {input_norm: standardize}\n")
+    task = resolve(config)
+    sys.modules["case"].Mine.broken = True
+    with pytest.raises(
+        InputError, match=rf"{AT_DATA}: a row of the Dataset is a float, expected a pair: \(input, target"
+    ):
+        rehearse(task, config)
+
+
+def test_the_files_of_the_users_code(write_study, tmp_path):
+    """Those that the named module imports, too; neither the installed ones nor a script that calls us."""
+    files = {"helper": "", "pack/__init__": "", "pack/deep": "", "other": "", "venv/lib/site-packages/theirs": ""}
+    write(tmp_path, files)
+    sys.path.insert(0, str(tmp_path / "venv/lib/site-packages"))
+    config = write_study("import helper, theirs\nfrom pack import deep")
+    assert user_files(config) == [tmp_path / "case.py"]
+    resolve(config)
+    names = ["case.py", "helper.py", "pack/__init__.py", "pack/deep.py"]
+    assert user_files(config) == [tmp_path / name for name in names]
+
+
+# --- Datasets are read in parts
+
+
+class Counting(DatasetRows):
+    """Remembers how many rows were taken at once, and where from."""
+
+    taken: list[int]
+
+    def take(self, index):
+        assert index.device == self.index_device == torch.device("cpu")
+        self.taken.append(len(index))
+        return super().take(index)
+
+
+@pytest.mark.parametrize(
+    "check", [lambda r: check_finite(r, "train", PLACE), read_targets, lambda r: scaled(r, r, "minmax", "minmax")]
+)
+def test_checks_read_a_dataset_in_parts(check):
+    data = Lazy(30_000, lambda i: (torch.tensor([float(i)]), float(i)))
+    Counting.taken = []
+    check(Counting(data))
+    assert max(Counting.taken) <= 1024
+    assert sum(Counting.taken) == 10_000
+    assert {0, 29_999} <= set(data.asked)
+
+
+def test_what_a_custom_loss_makes_unneeded_is_not_read(write_study):
+    config = write_study(
+        """
+from torch.utils.data import Dataset
+asked = []
+class Mine(Dataset):
+    def __len__(self): return 5000
+    def __getitem__(self, i):
+        asked.append(i)
+        return torch.zeros(3) + i, torch.zeros(1)
+def load(): return Mine(), Mine()
+""",
+        loss="case:loss",
+    )
+    resolve(config)
+    assert len(sys.modules["case"].asked) == 2 * 5000 + 2  # once for values that are not finite
+
+
+def test_the_device_of_an_index_and_of_the_statistics():
+    meta = torch.device("meta")
+    tensors = TensorRows(torch.ones(4, 2), torch.ones(4)).to(meta)
+    assert tensors.index_device == meta
+    data = DatasetRows(Lazy(4, lambda i: (torch.tensor([float(i)]), float(i))))
+    rows, _ = scaled(data, data, "standardize", "none")
+    moved = rows.to(meta)
+    assert (moved.index_device, moved.scale_x.shift.device, moved.scale_y) == (torch.device("cpu"), meta, None)
+    x, y = moved.take(torch.tensor([1, 2]))
+    assert (x.device, y.device) == (meta, meta)
 
 
 # --- factories
@@ -603,6 +743,17 @@ SHAPES = [
 def test_cross_entropy_shapes(name, output, shape, expected):
     target = torch.randint(0, 4, shape, generator=torch.Generator().manual_seed(1))
     torch.testing.assert_close(LOSSES[name](output, target), expected(output, target))
+
+
+@pytest.mark.parametrize(
+    ("output", "target", "dim", "ambiguous"),
+    [((6, 4), (6,), 1, False), ((6, 4), (6, 4), 1, False), ((6, 4, 5), (6, 5), 1, False), ((6, 5, 4), (6, 5), 2, False),
+     ((6, 4, 4), (6, 4), 1, True), ((6, 4, 3, 3), (6, 3, 3), 1, False), ((6, 3, 3, 3), (6, 3, 3), 1, True),
+     ((6, 3, 2, 4), (6, 3, 2), 3, False), ((4, 4), (4,), 1, False)],
+)  # fmt: skip
+def test_the_dimension_of_the_classes(output, target, dim, ambiguous):
+    output, target = torch.zeros(output), torch.zeros(target, dtype=torch.long)
+    assert (class_dim(output, target), is_ambiguous(output, target)) == (dim, ambiguous)
 
 
 def test_cross_entropy_of_probabilities_and_ignored_positions():

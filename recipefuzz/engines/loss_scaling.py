@@ -23,13 +23,17 @@ class LossScaler:
         return loss * self._scale.to(loss.dtype) if loss.dtype != torch.float16 else loss.float() * self._scale
 
     def unscale(self, parameters: list[nn.Parameter]) -> Tensor:
-        """Divide the gradients by the scale, zero them all if one is not finite; return that flag."""
+        """Divide the gradients by the scale, zero them all if one is not finite; return that flag.
+
+        At a scale of 1 or below it is no longer the scale that overflows: all become NaN, and the step is a bad one.
+        """
         gradients = [p.grad for p in parameters if p.grad is not None]
         for gradient in gradients:
             gradient.div_(self._scale)
         overflow = ~torch.isfinite(torch.nn.utils.get_total_norm(gradients, norm_type=torch.inf))
+        instead = torch.where(self._scale <= 1, torch.nan, 0.0)
         for gradient in gradients:
-            gradient.copy_(torch.where(overflow, 0.0, gradient))
+            gradient.copy_(torch.where(overflow, instead, gradient))
         return overflow
 
     def step(self, optimizer: Optimizer, parameters: list[nn.Parameter], overflow: Tensor) -> None:

@@ -15,9 +15,10 @@ import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from multiprocessing import forkserver
+from multiprocessing import forkserver, util
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
+from pathlib import Path
 from typing import Any
 
 from recipefuzz.config import Config
@@ -30,6 +31,7 @@ _METHOD = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods(
 _CONTEXT: Any = multiprocessing.get_context(_METHOD)
 START_SECONDS = 300.0  # importing torch from a busy network file system takes a minute or two
 POLL_SECONDS = 5.0
+SAFE_PATH = "PYTHONSAFEPATH"
 
 
 @dataclass
@@ -52,16 +54,22 @@ class PoolEngine:
 
     def __init__(self, config: Config, budget: Budget, devices: list[str], timeout: float | None) -> None:
         self._config, self._budget, self._timeout = config, budget, timeout
-        warm_up()
+        warm_up(config.folder)
         self._devices = devices
         self._waiting: deque[Job] = deque()
-        self._workers = {device_index: self._start(device_index) for device_index in range(len(devices))}
+        self._workers: dict[int, _Worker] = {}
+        # multiprocessing waits at exit for processes that are not daemons: these would wait for jobs for ever. A plain
+        # atexit or weakref.finalize may come after that wait
+        util.Finalize(self, _end_all, args=(self._workers,), exitpriority=0)
+        for slot in range(len(devices)):
+            self._workers[slot] = self._start(slot)
 
     def _start(self, slot: int) -> _Worker:
         ours, theirs = _CONTEXT.Pipe()
-        arguments = (theirs, self._config, self._budget, self._devices[slot])
-        process = _CONTEXT.Process(target=_enter, args=arguments, daemon=True)
-        with _without_main():
+        arguments = (theirs, self._config, self._budget, self._devices[slot], os.environ.get(SAFE_PATH))
+        # not a daemon: those may have no children, and the user's DataLoader has
+        process = _CONTEXT.Process(target=_enter, args=arguments, daemon=False)
+        with _apart_from_users_code(self._config.folder):
             process.start()
         theirs.close()
         return _Worker(process, ours, since=time.monotonic())
@@ -84,7 +92,9 @@ class PoolEngine:
             RunFailedError: a worker can't be started.
         """
         while self._waiting or any(w.job for w in self._workers.values()):
-            ready = wait([w.pipe for w in self._workers.values()], timeout=POLL_SECONDS)
+            # a pipe tells of no death while a process that the user's code forked holds its other end
+            ends = [end for w in self._workers.values() for end in (w.pipe, w.process.sentinel)]
+            ready = wait(ends, timeout=POLL_SECONDS)
             outcomes = [o for slot in list(self._workers) if (o := self._check(slot, ready)) is not None]
             self._hand_out()
             if outcomes:
@@ -95,17 +105,21 @@ class PoolEngine:
         worker = self._workers[slot]
         if worker.pipe in ready:
             try:
-                return self._receive(worker)
+                return self._receive(slot)
             except (EOFError, OSError):
                 worker.process.join(timeout=POLL_SECONDS)
                 return self._replace(slot, died(worker.process.exitcode))
+        if worker.process.exitcode is not None:
+            # what it sent just before it ended is read in the next round
+            return None if worker.pipe.poll() else self._replace(slot, died(worker.process.exitcode))
         if worker.job and self._timeout and time.monotonic() - worker.since > self._timeout:
             return self._replace(slot, f"timeout: not done after {self._timeout:g} s (trial.timeout)")
         if not worker.ready and time.monotonic() - worker.since > START_SECONDS:
             raise RunFailedError(f"a worker process did not start within {START_SECONDS:g} s")
         return None
 
-    def _receive(self, worker: _Worker) -> Outcome | None:
+    def _receive(self, slot: int) -> Outcome | None:
+        worker = self._workers[slot]
         message = worker.pipe.recv()
         if isinstance(message, RecipefuzzError):
             raise message
@@ -113,8 +127,11 @@ class PoolEngine:
             worker.ready = True
             return None
         worker.job = None
-        assert isinstance(message, Outcome)
-        return message
+        outcome, leaves = message
+        assert isinstance(outcome, Outcome)
+        if leaves:  # at once, before it is handed a job that it won't read
+            self._replace(slot, "")
+        return outcome
 
     def _replace(self, slot: int, reason: str) -> Outcome | None:
         worker = self._workers[slot]
@@ -128,9 +145,7 @@ class PoolEngine:
         return Outcome(worker.job, Trace(), None, error=reason, seconds=time.monotonic() - worker.since)
 
     def close(self) -> None:
-        for worker in self._workers.values():
-            _end(worker)
-        self._workers.clear()
+        _end_all(self._workers)
         self._waiting.clear()
 
 
@@ -149,34 +164,54 @@ def _end(worker: _Worker) -> None:
     worker.process.join()
 
 
-def _enter(pipe: Connection, config: Config, budget: Budget, device: str) -> None:
+def _end_all(workers: dict[int, _Worker]) -> None:
+    for worker in workers.values():
+        _end(worker)
+    workers.clear()
+
+
+def _enter(pipe: Connection, config: Config, budget: Budget, device: str, safe_path: str | None) -> None:
+    if safe_path is None:  # ours, for starting: not for the scripts that the user's code may start
+        os.environ.pop(SAFE_PATH, None)
     from recipefuzz.engines import worker
 
     worker.serve(pipe, config, budget, device)
 
 
-def warm_up() -> None:
-    """Start importing torch in the process that workers are forked from, while this one imports it too."""
+def warm_up(folder: Path | None = None) -> None:
+    """Start importing torch in the process that workers are forked from, while this one imports it too.
+
+    Args:
+        folder: the config's, if it may be on `sys.path` already.
+    """
     if _METHOD == "forkserver":
         # torch's optimizers import torch._dynamo at their first step: a second, once instead of in each worker
         _CONTEXT.set_forkserver_preload(["recipefuzz.engines.worker", "torch._dynamo"])
-        with _without_main():
+        with _apart_from_users_code(folder):
             forkserver.ensure_running()
 
 
 @contextlib.contextmanager
-def _without_main() -> Iterator[None]:
-    """Start processes without running the user's script again in each of them.
+def _apart_from_users_code(folder: Path | None) -> Iterator[None]:
+    """Start processes without running the user's script again in each of them, or a `random.py` beside the config.
 
     Workers need nothing of `__main__`; multiprocessing would import it, and a script that calls
-    `recipefuzz.search` without an `if __name__ == "__main__"` would search within its own workers.
+    `recipefuzz.search` without an `if __name__ == "__main__"` would search within its own workers. Of `sys.path` they
+    get the config's folder last, and the working directory not at all, which `python -c` would put first: the folder
+    comes first only when the target is imported.
     """
+    path, safe = sys.path.copy(), os.environ.get(SAFE_PATH)
     main = sys.modules["__main__"]
     saved: dict[str, Any] = {n: main.__dict__.pop(n) for n in ("__file__", "__spec__") if n in main.__dict__}
     main.__spec__ = None
+    sys.path.sort(key=lambda p: p == str(folder))
+    os.environ[SAFE_PATH] = safe or "1"
     try:
         yield
     finally:
+        sys.path[:] = path
+        if safe is None:
+            del os.environ[SAFE_PATH]
         main.__dict__.update(saved)
 
 

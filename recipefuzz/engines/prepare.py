@@ -79,9 +79,10 @@ def build_optimizer(parameters: list[nn.Parameter], recipe: Recipe) -> Optimizer
     kind, settings = OPTIMIZERS[recipe.optimizer]
     if recipe.weight_decay is not None:
         settings = settings | {"weight_decay": recipe.weight_decay}
-    on_device = parameters[0].device.type != "cpu"
-    if recipe.precision == "fp16" and on_device and kind is not SGD:
-        settings = settings | {"capturable": True}  # the step counter on the device: see loss_scaling
+    # the step counter on the device, see loss_scaling; torch knows it on all but these
+    capturable = parameters[0].device.type not in ("cpu", "mps")
+    if recipe.precision == "fp16" and capturable and kind is not SGD:
+        settings = settings | {"capturable": True}
     return kind(parameters, lr=recipe.lr, **settings)
 
 

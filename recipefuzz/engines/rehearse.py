@@ -1,4 +1,7 @@
-"""One step of the default recipe before the search starts: what is wrong with the user's code is said once, at once."""
+"""One step of the default recipe before the search starts: what is wrong with the user's code is said once, at once.
+
+Then a forward pass with each other choice of the axes whose choices can fail by themselves.
+"""
 
 from __future__ import annotations
 
@@ -15,11 +18,19 @@ from recipefuzz.engines import prepare
 from recipefuzz.engines.baselines import Baselines
 from recipefuzz.errors import PACKAGE, RAISED, InputError, Place, RecipefuzzError, did_you_mean, user_traceback
 from recipefuzz.recipe import AXES, Recipe
+from recipefuzz.space import Choice
+from recipefuzz.targets.fit import check_output
+from recipefuzz.targets.imported import missing_arguments
 from recipefuzz.targets.seeding import seeded
-from recipefuzz.targets.task import Rows, Task, TensorRows, some_rows
+from recipefuzz.targets.task import Rows, Task, some_rows
 
 T = TypeVar("T")
-IGNORED = -100  # torch's ignore_index: a position that has no label
+CPU = torch.device("cpu")
+ROWS = 64  # of a batch, at most: enough to run the code
+# A choice of one of these that fails, fails in every trial. The factory's own axes may fail in some combinations.
+TRIED = ("norm", "input_norm", "target_norm", "precision")
+NO_TENSOR = {float: "return the tensor, not .item()", type(None): "is a `return` missing?"}
+SCALING_FIX = "leave it at none: only numbers can be scaled, and token ids and class labels are names"
 
 
 def rehearse(task: Task, config: Config, recipe: Recipe | None = None) -> float:
@@ -27,30 +38,92 @@ def rehearse(task: Task, config: Config, recipe: Recipe | None = None) -> float:
 
     Raises:
         InputError: an axis that nothing takes, a model or loss that raises or gives something else than
-            a tensor and a scalar, labels outside the model's classes, no parameters to train.
+            a tensor and a scalar, a model that is not fresh, labels outside the model's classes, no parameters
+            to train; without a `recipe`, also a choice of the space that raises.
     """
-    recipe = recipe or config.default_recipe()
-    _check_axes(task, config, recipe)
-    cpu = torch.device("cpu")
+    chosen = recipe or config.default_recipe()
+    _check_axes(task, config, chosen)
     with seeded(config.trial.seed):
-        train, test = _guarded(lambda: _scaled_rows(task, config, recipe), config, "target.data", "scaling the data")
-        model = _guarded(lambda: prepare.build_model(task, recipe, cpu), config, "target.model", "building the model")
-        _check_model(model, config)
-        x, y = train.take(some_rows(train, min(recipe.batch_size, 64)))
+        train, test = _guarded(lambda: _scaled_rows(task, config, chosen), config, "target.data", "scaling the data")
+        model = _fresh_model(task, config, chosen)
+        x, y = train.take(some_rows(train, min(chosen.batch_size, ROWS)))
         output = _guarded(lambda: model(x), config, "target.model", f"the model, given x of shape {_shape(x)},")
-        if task.loss_kind == "cross_entropy":
-            _check_labels(task, output, config)
+        check_output(task, output, y, *(config.source.place("target", key) for key in ("model", "loss")))
         what = f"the loss, given output of shape {_shape(output)} and target of shape {_shape(y)},"
         loss = _guarded(lambda: task.loss(output, y), config, "target.loss", what)
         _check_loss(loss, config)
         _guarded(lambda: loss.backward(), config, "target.loss", "the backward pass")
         _evaluate(task, config, model, test)
-    return _guarded(
-        lambda: Baselines(task, cpu).of(recipe).loss,
-        config,
-        "target.loss",
-        "finding the best constant prediction",
-    )
+    if recipe is None:
+        _try_choices(task, config, chosen)
+    what = "finding the best constant prediction"
+    return _guarded(lambda: Baselines(task, CPU).of(chosen).loss, config, "target.loss", what)
+
+
+def _fresh_model(task: Task, config: Config, recipe: Recipe) -> nn.Module:
+    """The recipe's model. A second one of the same seed must be equal, and must share nothing with it."""
+
+    def built() -> nn.Module:
+        with seeded(config.trial.seed):
+            return prepare.build_model(task, recipe, CPU)
+
+    model, again = (_guarded(built, config, "target.model", "building the model") for _ in range(2))
+    _check_model(model, config)
+    first, second = dict(model.named_parameters()), dict(again.named_parameters())
+    storages = {p.untyped_storage().data_ptr() for p in first.values()} - {0}  # 0: no memory, as of empty parameters
+    shared = [n for n, p in second.items() if p.untyped_storage().data_ptr() in storages]
+    if shared or first.keys() != second.keys() or not all(_equal(p, second[n]) for n, p in first.items()):
+        seed = f"differ in two calls with the seed {config.trial.seed}"
+        raise InputError(
+            f"{config.target.model}() must return a fresh model that depends on nothing but the seed",
+            place=config.source.place("target", "model"),
+            found=f"two calls return the same parameter {shared[0]}" if shared else f"the initial parameters {seed}",
+            expected="a new model from each call: a trial would go on with the weights of the one before",
+            fix="make the layers inside the factory, and draw numbers from the generators of torch, numpy or random",
+        )
+    return model
+
+
+def _equal(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and a.dtype == b.dtype and torch.allclose(a, b, rtol=0, atol=0, equal_nan=True)
+
+
+def _try_choices(task: Task, config: Config, recipe: Recipe) -> None:
+    """Forward pass and loss of the recipe with each other choice of the tried axes, one at a time."""
+    for axis in TRIED:
+        choices = dict(config.axes.axes).get(axis)
+        for index, value in enumerate(choices.options if isinstance(choices, Choice) else ()):
+            if value == recipe.values()[axis]:
+                continue
+            try:
+                with seeded(config.trial.seed), torch.no_grad():
+                    _forward(task, recipe.but(**{axis: value}))
+            except RAISED as error:
+                if not _is_lack_of_cpu(error):
+                    raise _refused(error, axis, value, config.source.place("space", axis, index)) from error
+
+
+def _forward(task: Task, recipe: Recipe) -> None:
+    train, _ = prepare.rows_for(task, recipe)
+    model = prepare.build_model(task, recipe, CPU)
+    x, y = train.take(some_rows(train, min(recipe.batch_size, ROWS)))
+    with prepare.autocast(recipe, CPU):
+        task.loss(model(x), y)
+
+
+def _is_lack_of_cpu(error: BaseException) -> bool:
+    """Whether the CPU lacks an operation in half precision: a GPU may have it."""
+    return "not implemented for 'Half'" in str(error) or "not implemented for 'BFloat16'" in str(error)
+
+
+def _refused(error: BaseException, axis: str, value: object, place: Place) -> InputError:
+    named = f"{axis} = {value!r}"
+    fix = SCALING_FIX if axis in ("input_norm", "target_norm") else f"leave {value!r} out of the axis, or mend the code"
+    if isinstance(error, RecipefuzzError) or (isinstance(error, ValueError) and _is_ours(error)):
+        problem = str(error).removeprefix(f"{axis}: ")
+        return InputError(problem if problem.startswith(named) else f"{named}: {problem}", place=place, fix=fix)
+    problem = f"{named}: the default recipe with this value raised {type(error).__name__}"
+    return InputError(problem, place=place, fix=fix, detail=user_traceback(error))
 
 
 def _guarded(call: Callable[[], T], config: Config, key: str, what: str) -> T:
@@ -66,7 +139,8 @@ def _guarded(call: Callable[[], T], config: Config, key: str, what: str) -> T:
         raise InputError(f"{what} raised ValueError", place=place, detail=user_traceback(error)) from error
     except RAISED as error:
         problem = f"{what} raised {type(error).__name__}"
-        raise InputError(problem, place=place, detail=user_traceback(error)) from error
+        fix = missing_arguments(error, "model_args") if key == "target.model" else ""
+        raise InputError(problem, place=place, fix=fix, detail=user_traceback(error)) from error
 
 
 def _evaluate(task: Task, config: Config, model: nn.Module, test: Rows) -> None:
@@ -81,11 +155,10 @@ def _scaled_rows(task: Task, config: Config, recipe: Recipe) -> tuple[Rows, Rows
     try:
         return prepare.rows_for(task, recipe)
     except ValueError as error:
-        if not _is_ours(error):
-            raise
         axis, _, problem = str(error).partition(": ")
-        fix = "leave it at none: only numbers can be scaled, and token ids and class labels are names"
-        raise InputError(problem, place=_axis_place(config, axis), fix=fix) from error
+        if axis not in AXES or not _is_ours(error):  # not of the scaling: a row that is no pair, say
+            raise
+        raise InputError(problem, place=_axis_place(config, axis), fix=SCALING_FIX) from error
 
 
 def _axis_place(config: Config, axis: str) -> Place:
@@ -122,34 +195,6 @@ def _check_model(model: nn.Module, config: Config) -> None:
         raise InputError("the model has no parameters to train", place=place, found=model, expected=expected)
 
 
-def _check_labels(task: Task, output: Any, config: Config) -> None:
-    """Labels outside the classes kill a GPU with a device-side assertion: found here, with the row."""
-    place = config.source.place("target", "model")
-    if not isinstance(output, Tensor) or output.dim() < 2:
-        raise InputError(
-            "cross_entropy needs logits",
-            place=place,
-            found=f"output {_shape(output)}",
-            expected="(batch, classes, ...)",
-        )
-    for rows, name in ((task.train, "y_train"), (task.test, "y_test")):
-        index = some_rows(rows, len(rows) if isinstance(rows, TensorRows) else 10_000)
-        y = rows.y if isinstance(rows, TensorRows) else rows.take(index)[1]
-        if not isinstance(y, Tensor) or y.is_floating_point():
-            continue
-        classes = output.shape[-1] if output.shape[1:-1] == y.shape[1:] else output.shape[1]
-        wrong = ((y < 0) & (y != IGNORED)) | (y >= classes)
-        if bool(wrong.any()):
-            row = int(index[wrong.nonzero()[0][0]])
-            raise InputError(
-                f"a label outside the model's {classes} classes",
-                place=place,
-                found=f"{name}: label {int(y[wrong][0])} in row {row}; {int(wrong.sum())} such labels",
-                expected=f"labels from 0 to {classes - 1}",
-                fix=f"give the model {int(y.max()) + 1} outputs, or renumber the labels from 0",
-            )
-
-
 def _check_loss(loss: Any, config: Config) -> None:
     place = config.source.place("target", "loss")
     if not isinstance(loss, Tensor) or loss.numel() != 1 or loss.dim() > 1:
@@ -158,7 +203,7 @@ def _check_loss(loss: Any, config: Config) -> None:
             place=place,
             found=_shape(loss),
             expected="one number per batch",
-            fix="end it with .mean()",
+            fix=NO_TENSOR.get(type(loss), "end it with .mean()"),
         )
     if not loss.requires_grad:
         raise InputError(

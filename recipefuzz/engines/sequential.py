@@ -38,7 +38,7 @@ class Stepper:
     """A model in training."""
 
     def __init__(self, model: nn.Module, loss: Loss, recipe: Recipe, device: torch.device) -> None:
-        self._model, self._loss, self._recipe, self._device = model, loss, recipe, device
+        self._model, self._loss, self._recipe, self.device = model, loss, recipe, device
         self._parameters = prepare.trainable(model)
         self._optimizer = prepare.build_optimizer(self._parameters, recipe)
         self._scaler = LossScaler(device) if recipe.precision == "fp16" else None
@@ -50,7 +50,7 @@ class Stepper:
         for group in self._optimizer.param_groups:
             group["lr"] = prepare.learning_rate(self._recipe, self._done)
         self._optimizer.zero_grad()
-        with prepare.autocast(self._recipe, self._device):
+        with prepare.autocast(self._recipe, self.device):
             loss = self._loss(self._model(x), y)
         self.recorder.add(loss.detach(), self._backward_and_update(loss))
         self._done += 1
@@ -94,7 +94,7 @@ def train(
         stepper = Stepper(model, task.loss, job.recipe, device)
         order = prepare.BatchOrder(len(train_rows), job.recipe.batch_size, job.seed)
         for end in budget.checkpoints():
-            batches = order.draw(end - trace.steps_run, device)
+            batches = order.draw(end - trace.steps_run, train_rows.index_device)
             trace = trace.extended(_chunk(task, stepper, train_rows, batches, constant))
             if trace.first_bad is None and budget.evaluates_at(end):
                 trace = trace.evaluated(evaluate(task, model, test_rows, device))
@@ -112,7 +112,7 @@ def _chunk(task: Task, stepper: Stepper, rows: Rows, batches: Tensor, constant: 
         x, y = rows.take(batch)
         stepper.step(x, y)
         if known is None:
-            with undisturbed(batches.device):
+            with undisturbed(stepper.device):
                 constants.append(constant.of_targets(task, y, len(batch)).float())
     numbers = stepper.recorder.take()
     column = (torch.stack(constants) if known is None else known)[:, None].to(numbers.device)
@@ -122,7 +122,7 @@ def _chunk(task: Task, stepper: Stepper, rows: Rows, batches: Tensor, constant: 
 def evaluate(task: Task, model: nn.Module, rows: Rows, device: torch.device) -> float:
     """Held-out loss in eval mode, in fp32. The trial's random numbers go on as if it had not been asked."""
     model.eval()
-    index = some_rows(rows, HELDOUT_ROWS).to(device)
+    index = some_rows(rows, HELDOUT_ROWS).to(rows.index_device)
     with torch.no_grad(), seeded(0, device):
         losses = [task.loss(model(x), y).float() * len(part) for part in index.split(512) for x, y in [rows.take(part)]]
     model.train()

@@ -16,9 +16,15 @@ from recipefuzz.errors import RecipefuzzError
 from recipefuzz.targets.resolve import resolve
 from recipefuzz.verdict import Budget
 
+# after a device-side assert, say, every call that follows fails: newer torch has a class for it, older only the message
+DEVICE_LOST = ("AcceleratorError", "RuntimeError: CUDA error")
+
 
 def serve(pipe: Connection, config: Config, budget: Budget, device: str) -> None:
-    """Train what comes in until the pipe is closed. Ctrl-C is the parent's business."""
+    """Train what comes in until the pipe is closed. Ctrl-C is the parent's business.
+
+    With each outcome goes whether it is this process's last: after some errors a GPU is lost to the process.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_leave_with_parent, daemon=True).start()
     torch.set_num_threads(1)
@@ -30,9 +36,12 @@ def serve(pipe: Connection, config: Config, budget: Budget, device: str) -> None
     pipe.send("ready")
     while True:
         try:
-            job = pipe.recv()
-            pipe.send(engine.train(job))
+            outcome = engine.train(pipe.recv())
+            leaves = outcome.error.startswith(DEVICE_LOST)
+            pipe.send((outcome, leaves))
         except (EOFError, BrokenPipeError, ConnectionResetError):
+            return
+        if leaves:
             return
 
 

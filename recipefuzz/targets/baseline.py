@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from recipefuzz.targets.task import Rows, Task, TensorRows, some_rows
+from recipefuzz.targets.task import Rows, Task, TensorRows, read_targets
 
 ROWS = 1024  # targets used for a user's loss: the entropy of C classes is then right to about C / 2048 nats
 STARTS = (0.0, 0.5)  # 0.5 for losses of probabilities, which are singular at 0
@@ -68,8 +68,7 @@ def best_constant(task: Task, rows: Rows, batch_size: int, output: Any) -> Const
     """
     if task.loss_kind == "custom":
         return _minimized(task, rows, batch_size, output)
-    targets = rows.y if isinstance(rows, TensorRows) else rows.take(some_rows(rows, 10 * ROWS))[1]
-    losses = {"cross_entropy": _cross_entropy, "bce": _bce, "mse": _mse}[task.loss_kind](targets)
+    losses = {"cross_entropy": _cross_entropy, "bce": _bce, "mse": _mse}[task.loss_kind](read_targets(rows))
     whole = isinstance(rows, TensorRows) and not bool(losses.isnan().any())
     return Constant(float(losses.nanmean()), losses.flatten(1).mean(1).float() if whole else None)
 

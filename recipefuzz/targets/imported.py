@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import re
 import sys
+import traceback
 from collections.abc import Callable
 from importlib.machinery import PathFinder
 from pathlib import Path
@@ -12,6 +14,7 @@ from types import ModuleType
 from typing import Any
 
 from recipefuzz.errors import (
+    PACKAGE,
     RAISED,
     InputError,
     Place,
@@ -44,7 +47,7 @@ def load_object(path: str, folder: Path, place: Place) -> Any:
             found=path,
             expected='"module:name", such as "train:build_model"',
         )
-    found: Any = _import(module_name, folder, place)
+    found: Any = _import(module_name, name, folder, place)
     seen = module_name
     for part in name.split("."):
         between = "." if ":" in seen else ":"
@@ -69,7 +72,8 @@ def load_callable(path: str, folder: Path, place: Place) -> Callable[..., Any]:
     return found  # type: ignore[no-any-return]
 
 
-def _import(name: str, folder: Path, place: Place) -> ModuleType:
+def _import(name: str, inside: str, folder: Path, place: Place) -> ModuleType:
+    """The module of that name; `inside` is what is wanted of it."""
     if _under_way:
         raise InputError(
             f"importing {_under_way[0]} calls recipefuzz, which imports it",
@@ -89,19 +93,27 @@ def _import(name: str, folder: Path, place: Place) -> ModuleType:
     except ModuleNotFoundError as error:
         if error.name is None or not (name == error.name or name.startswith(error.name + ".")):
             raise _raised(name, place, error) from error
-        nearby = _modules_beside(error.name, folder)
-        file = error.name.removesuffix(".py").replace(".", "/")
-        raise InputError(
-            f"no module named {error.name!r}",
-            place=place,
-            found=name,
-            expected=f"{file}.py or a package beside the config ({folder}), or an installed package",
-            fix=did_you_mean(error.name, nearby) if nearby else "put the file beside the config",
-        ) from error
+        raise _absent(error.name, name, inside, folder, place) from error
     except RAISED as error:
         raise _raised(name, place, error) from error
     finally:
         _under_way.remove(name)
+
+
+def _absent(missing: str, name: str, inside: str, folder: Path, place: Place) -> InputError:
+    nearby = _modules_beside(missing, folder)
+    file = missing.removesuffix(".py").replace(".", "/")
+    fix = did_you_mean(missing, nearby) if nearby else "put the file beside the config"
+    if name.endswith(".py") or "/" in name:  # a file's name, where a module's is wanted
+        module = name.removesuffix(".py").replace("/", ".")
+        fix = f"did you mean {f'{nearest(module, nearby) or module}:{inside}'!r}?"
+    return InputError(
+        f"no module named {missing!r}",
+        place=place,
+        found=f"{name}:{inside}",
+        expected=f"{file}.py or a package beside the config ({folder}), or an installed package",
+        fix=fix,
+    )
 
 
 def _modules_beside(name: str, folder: Path) -> list[str]:
@@ -155,3 +167,18 @@ def keyword_names(function: Callable[..., Any]) -> frozenset[str] | None:
     if any(p.kind is p.VAR_KEYWORD for p in parameters):
         return None
     return frozenset(p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY))
+
+
+def missing_arguments(error: BaseException, section: str) -> str:
+    """The fix for a call of ours that lacked arguments: `section: {name: ...}`; else an empty string."""
+    called_by_us = [f for f, _ in traceback.walk_tb(error.__traceback__)][-1].f_code.co_filename.startswith(PACKAGE)
+    if not (called_by_us and isinstance(error, TypeError) and "missing" in str(error)):
+        return ""
+    names = re.findall(r"'(\w+)'", str(error).partition("missing")[2])
+    return f"{section}: {{{', '.join(f'{name}: ...' for name in names)}}} under target" if names else ""
+
+
+def files_under(folder: Path) -> list[Path]:
+    """The files of the user's modules that were imported from a folder: the named ones, and what those import."""
+    files = [Path(_home(m)) for name, m in sys.modules.copy().items() if name not in ("__main__", "__mp_main__")]
+    return [f for f in files if f.is_relative_to(folder) and is_users(str(f)) and f.is_file()]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +16,11 @@ from recipefuzz.config import Config
 from recipefuzz.errors import RAISED, InputError, Place, RecipefuzzError, did_you_mean, user_traceback
 from recipefuzz.targets.builtin.data import DATA
 from recipefuzz.targets.builtin.models import MODELS
-from recipefuzz.targets.imported import keyword_names, load_callable
+from recipefuzz.targets.imported import files_under, keyword_names, load_callable, missing_arguments
 from recipefuzz.targets.losses import LOSSES, cross_entropy_last
 from recipefuzz.targets.rows import as_rows, check_finite
 from recipefuzz.targets.seeding import seeded
-from recipefuzz.targets.task import Loss, Rows, Task, some_rows
+from recipefuzz.targets.task import Loss, Rows, Task, read, read_targets, some_rows
 
 
 def resolve(config: Config) -> Task:
@@ -32,8 +32,11 @@ def resolve(config: Config) -> Task:
     """
     train, test = _load(config)
     loss_kind = config.target.loss if config.target.loss in LOSSES else "custom"
-    _check_targets(train, loss_kind, config.source.place("target", "data"))
     x, y = train.take(some_rows(train, 2))
+    place = config.source.place("target", "data")
+    if loss_kind != "custom" and isinstance(y, Tensor):
+        with _reading("train", place):
+            _check_targets(read_targets(train), loss_kind, place)
     per_position = _per_position(x, y, loss_kind)
     factory = _factory(config, train, y, per_position, x)
     _check_arguments(factory, config.target.model, config, "model_args")
@@ -51,13 +54,16 @@ def resolve(config: Config) -> Task:
 
 
 def user_files(config: Config) -> list[Path]:
-    """The user's own source files that the target names: a changed file makes other trials."""
+    """The user's own source files: a changed file makes other trials.
+
+    The modules that the target names and, once it is resolved, those beside the config that they imported.
+    """
     files = []
     for path in (config.target.data, config.target.model, config.target.loss):
         module = path.partition(":")[0].replace(".", "/")
         candidates = [config.folder / f"{module}.py", config.folder / module / "__init__.py"]
         files += [c for c in candidates if ":" in path and c.is_file()]
-    return sorted(set(files))
+    return sorted({*files, *files_under(config.folder)})
 
 
 def _load(config: Config) -> tuple[Rows, Rows]:
@@ -71,17 +77,25 @@ def _load(config: Config) -> tuple[Rows, Rows]:
         raise
     except RAISED as error:
         problem = f"loading {config.target.data} raised {type(error).__name__}"
-        raise InputError(problem, place=place, detail=user_traceback(error)) from error
+        fix = missing_arguments(error, "data_args")
+        raise InputError(problem, place=place, fix=fix, detail=user_traceback(error)) from error
     train, test = as_rows(loaded, place)
     for rows, name in ((train, "train"), (test, "test")):
-        try:
+        with _reading(name, place):
             check_finite(rows, name, place)
-        except RecipefuzzError:
-            raise
-        except RAISED as error:
-            problem = f"reading the {name} Dataset raised {type(error).__name__}"
-            raise InputError(problem, place=place, detail=user_traceback(error)) from error
     return train, test
+
+
+@contextlib.contextmanager
+def _reading(name: str, place: Place) -> Iterator[None]:
+    """Rows of a Dataset are the user's code, too."""
+    try:
+        yield
+    except RecipefuzzError:
+        raise
+    except RAISED as error:
+        problem = f"reading the {name} Dataset raised {type(error).__name__}"
+        raise InputError(problem, place=place, detail=user_traceback(error)) from error
 
 
 def _check_arguments(function: Callable[..., Any], name: str, config: Config, section: str) -> None:
@@ -105,7 +119,7 @@ def _named(name: str, registry: dict[str, Any], kind: str, folder: Path, place: 
             place=place,
             found=name,
             expected=f"{', '.join(registry)}, or an import path such as my_code:name",
-            fix=did_you_mean(name, registry),
+            fix=f"did you mean {':'.join(name.rsplit('.', 1))!r}?" if "." in name else did_you_mean(name, registry),
         )
     return registry[name]  # type: ignore[no-any-return]
 
@@ -121,18 +135,14 @@ def _factory(config: Config, train: Rows, y: Any, per_position: bool, x: Any) ->
     return functools.partial(factory, x, outputs, vocab=_vocabulary(train, x), per_position=per_position)
 
 
-def _all(rows: Rows) -> tuple[Any, Any]:
-    return rows.take(some_rows(rows, 50_000))
-
-
 def _vocabulary(train: Rows, x: Tensor) -> int | None:
-    return None if x.is_floating_point() else int(_all(train)[0].max()) + 1
+    return None if x.is_floating_point() else max(int(part.max()) for _, part, _ in read(train)) + 1
 
 
 def _outputs(train: Rows, y: Tensor, loss: str, per_position: bool) -> int:
     """Units of the model's last layer: classes for labels, columns for numbers."""
     if not y.is_floating_point() and loss != "bce":
-        return int(_all(train)[1].max()) + 1
+        return int(read_targets(train).max()) + 1
     return y.shape[-1] if y.dim() > 1 and not per_position else 1
 
 
@@ -177,10 +187,7 @@ def _takes_norm(build: Callable[..., nn.Module]) -> bool:
     return True
 
 
-def _check_targets(train: Rows, loss_kind: str, place: Place) -> None:
-    y = _all(train)[1]
-    if loss_kind == "custom" or not isinstance(y, Tensor):
-        return
+def _check_targets(y: Tensor, loss_kind: str, place: Place) -> None:
     if loss_kind == "mse" and not y.is_floating_point():
         raise InputError(
             "mse needs targets that are numbers",
@@ -204,6 +211,6 @@ def _check_targets(train: Rows, loss_kind: str, place: Place) -> None:
         raise InputError(
             "every training target is the same: there is nothing to learn",
             place=place,
-            found=f"y_train is {y[0].tolist()} in all {len(train)} rows",
+            found=f"y_train is {y[0].tolist()} in all {len(y)} rows",
             fix="look at load(): was a file that is sorted by class cut in two?",
         )

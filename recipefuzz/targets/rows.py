@@ -10,10 +10,9 @@ from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset, TensorDataset
 
 from recipefuzz.errors import InputError, Place
-from recipefuzz.targets.task import DatasetRows, Rows, TensorRows, some_rows
+from recipefuzz.targets.task import DatasetRows, Rows, TensorRows, read
 
 EXPECTED = "(x_train, y_train, x_test, y_test) as tensors or numpy arrays, or (train, test) as torch Datasets"
-CHECKED_ROWS = 10_000  # rows of a Dataset that are read to look for values that are not finite
 
 
 def as_rows(loaded: Any, place: Place) -> tuple[Rows, Rows]:
@@ -87,9 +86,8 @@ def _some(rows: int, name: str, place: Place) -> None:
 
 def check_finite(rows: Rows, name: str, place: Place) -> None:
     """Raise an InputError that names row and column of the first value that is not finite, and how many."""
-    index = some_rows(rows, len(rows) if isinstance(rows, TensorRows) else CHECKED_ROWS)
-    for part in index.split(4096):
-        for letter, values in zip("xy", rows.take(part), strict=True):
+    for part, *both in read(rows):
+        for letter, values in zip("xy", both, strict=True):
             if isinstance(values, Tensor) and values.is_floating_point() and not values.isfinite().all():
                 _report_non_finite(rows, f"{letter}_{name}", "xy".index(letter), part, values, place)
 

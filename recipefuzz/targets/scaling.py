@@ -8,9 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from recipefuzz.targets.task import Rows, ScaledRows, TensorRows, some_rows
-
-STATISTICS_ROWS = 10_000  # rows of a Dataset that are read for its statistics; tensors are used whole
+from recipefuzz.targets.task import Rows, ScaledRows, TensorRows, read
 
 
 @dataclass(frozen=True)
@@ -21,7 +19,11 @@ class Affine:
     scale: Tensor
 
     def __call__(self, x: Tensor) -> Tensor:
-        return (x - self.shift.to(x.device)) / self.scale.to(x.device)
+        return (x - self.shift) / self.scale
+
+    def to(self, device: torch.device) -> Affine:
+        """On the device once: moved at every batch, the statistics would make it wait."""
+        return Affine(self.shift.to(device), self.scale.to(device))
 
 
 def scaled(train: Rows, test: Rows, input_norm: str, target_norm: str) -> tuple[Rows, Rows]:
@@ -32,26 +34,28 @@ def scaled(train: Rows, test: Rows, input_norm: str, target_norm: str) -> tuple[
     """
     if input_norm == target_norm == "none":
         return train, test
-    x, y = _statistics_rows(train)
+    x, y = _statistics_rows(train, input_norm != "none", target_norm != "none")
     maps = (_fit(x, input_norm, "input_norm"), _fit(y, target_norm, "target_norm"))
     return _apply(train, *maps), _apply(test, *maps)
 
 
-def _statistics_rows(rows: Rows) -> tuple[Any, Any]:
+def _statistics_rows(rows: Rows, inputs: bool, targets: bool) -> tuple[Any, Any]:
+    """What the statistics are taken of; of a Dataset only the wanted side is kept."""
     if isinstance(rows, TensorRows):
         return rows.x, rows.y
-    return rows.take(some_rows(rows, STATISTICS_ROWS))
+    parts = [(x if inputs else None, y if targets else None) for _, x, y in read(rows)]
+    return _joined([x for x, _ in parts]), _joined([y for _, y in parts])
+
+
+def _joined(parts: list[Any]) -> Any:
+    return torch.cat(parts) if isinstance(parts[0], Tensor) else parts[0]
 
 
 def _apply(rows: Rows, scale_x: Affine | None, scale_y: Affine | None) -> Rows:
     if isinstance(rows, TensorRows):  # once, not at every batch
         x = scale_x(rows.x) if scale_x else rows.x
         return TensorRows(x, scale_y(rows.y) if scale_y else rows.y)
-    return ScaledRows(rows, scale_x or _same, scale_y or _same)
-
-
-def _same(x: Any) -> Any:
-    return x
+    return ScaledRows(rows, scale_x, scale_y)
 
 
 def _fit(values: Any, how: str, axis: str) -> Affine | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sized
+from collections.abc import Callable, Iterator, Sized
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -14,14 +14,23 @@ from torch.utils.data import Dataset, default_collate
 
 Loss = Callable[[Any, Any], Tensor]
 
+READ_ROWS = 10_000  # rows of a Dataset that a check reads at most, evenly spread; tensors are read whole
+CHUNK = 1024  # rows of a Dataset that are in memory at once
+SLICE = 65_536  # of a tensor, whose slices are no copies
+
 
 class Rows(Protocol):
     """Rows of data that can be drawn by index, on one device."""
 
     def __len__(self) -> int: ...
 
+    @property
+    def index_device(self) -> torch.device:
+        """Where `take` wants its index: on another device, it waits for a copy at every batch."""
+        ...
+
     def take(self, index: Tensor) -> tuple[Any, Any]:
-        """The inputs and targets of the rows in `index`, an int64 tensor of shape (batch,) on the device."""
+        """The inputs and targets of the rows in `index`, an int64 tensor of shape (batch,) on `index_device`."""
         ...
 
     def to(self, device: torch.device) -> Rows: ...
@@ -36,6 +45,10 @@ class TensorRows:
 
     def __len__(self) -> int:
         return len(self.x)
+
+    @property
+    def index_device(self) -> torch.device:
+        return self.x.device
 
     def take(self, index: Tensor) -> tuple[Tensor, Tensor]:
         return self.x[index], self.y[index]
@@ -56,6 +69,10 @@ class DatasetRows:
 
     def __len__(self) -> int:
         return len(self.dataset)  # type: ignore[arg-type]
+
+    @property
+    def index_device(self) -> torch.device:
+        return torch.device("cpu")  # rows are read one by one, by a Python number
 
     def take(self, index: Tensor) -> tuple[Any, Any]:
         pairs = [self.dataset[i] for i in index.tolist()]
@@ -82,23 +99,36 @@ def _single(leaf: Any) -> Any:
     return leaf.astype(np.float32) if isinstance(leaf, np.ndarray) and leaf.dtype == np.float64 else leaf
 
 
+class Scale(Protocol):
+    """A map of inputs or targets, on one device."""
+
+    def __call__(self, values: Any, /) -> Any: ...
+
+    def to(self, device: torch.device) -> Scale: ...
+
+
 @dataclass(frozen=True)
 class ScaledRows:
-    """Rows whose inputs and targets pass through an affine map when they are drawn."""
+    """Rows whose inputs and targets pass through a map, if there is one, when they are drawn."""
 
     rows: Rows
-    scale_x: Callable[[Any], Any]
-    scale_y: Callable[[Any], Any]
+    scale_x: Scale | None
+    scale_y: Scale | None
 
     def __len__(self) -> int:
         return len(self.rows)
 
+    @property
+    def index_device(self) -> torch.device:
+        return self.rows.index_device
+
     def take(self, index: Tensor) -> tuple[Any, Any]:
         x, y = self.rows.take(index)
-        return self.scale_x(x), self.scale_y(y)
+        return self.scale_x(x) if self.scale_x else x, self.scale_y(y) if self.scale_y else y
 
     def to(self, device: torch.device) -> ScaledRows:
-        return ScaledRows(self.rows.to(device), self.scale_x, self.scale_y)
+        scales = [scale.to(device) if scale else None for scale in (self.scale_x, self.scale_y)]
+        return ScaledRows(self.rows.to(device), *scales)
 
 
 @dataclass(frozen=True)
@@ -128,3 +158,19 @@ def some_rows(rows: Rows, most: int) -> Tensor:
     if n <= most:
         return torch.arange(n)
     return torch.linspace(0, n - 1, most, dtype=torch.float64).round().long()  # float32 counts in twos from 2**24
+
+
+def read(rows: Rows) -> Iterator[tuple[Tensor, Any, Any]]:
+    """Rows for a check, some at a time: their indices, inputs and targets. All of tensors, `READ_ROWS` of a Dataset."""
+    if isinstance(rows, TensorRows):
+        for start in range(0, len(rows), SLICE):
+            part = slice(start, start + SLICE)
+            yield torch.arange(len(rows))[part], rows.x[part], rows.y[part]
+        return
+    for index in some_rows(rows, READ_ROWS).split(CHUNK):
+        yield (index, *rows.take(index))
+
+
+def read_targets(rows: Rows) -> Tensor:
+    """The targets of the rows that `read` reads; the inputs are dropped on the way."""
+    return rows.y if isinstance(rows, TensorRows) else torch.cat([y for _, _, y in read(rows)])
