@@ -115,15 +115,14 @@ def report(
 ) -> None:
     """Write a run's tables again, from its store, and print its summary."""
     from recipefuzz.atomic import write_atomically
-    from recipefuzz.ranking import best, rank
+    from recipefuzz.report.ranked import rank_run
     from recipefuzz.report.terminal import console, drawing, summary
     from recipefuzz.report.write import write_reports
     from recipefuzz.run_folder import RunFolder
 
     folder = RunFolder.find(run)
-    config, results = folder.load_config(), folder.results()
-    ranking = rank(results, config.search.rank_by, wanted=config.search.confirm.seeds)
-    winner = best(ranking, confirmed=config.search.confirm.top > 0)
+    config, (results, _) = folder.load_config(), folder.read()
+    ranking, winner = rank_run(config, results)
     write_reports(folder.path, config, results, ranking, winner)
     shown = summary(folder.path, config, results, ranking)
     console().print(shown)

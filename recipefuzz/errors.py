@@ -81,10 +81,6 @@ class RunFailedError(RecipefuzzError):
     """The input was good, but the run could not go on: a full disk, a damaged store, a dead worker."""
 
 
-class NotFusableError(InputError):
-    """The engine that was asked for can't train this model."""
-
-
 def shorten(value: object, limit: int = 120) -> str:
     """A value for a message, on one line of at most `limit` characters; empty for None."""
     if value is None:
@@ -115,7 +111,7 @@ def user_traceback(error: BaseException) -> str:
     """
     frames = traceback.extract_tb(error.__traceback__)
     users = [f for f in frames if is_users(f.filename)]
-    packages = [f for f in frames if _is_installed(f.filename) and not f.filename.startswith(PACKAGE)]
+    packages = [f for f in frames if _is_installed(f.filename) and not Path(f.filename).is_relative_to(PACKAGE)]
     shown = traceback.format_list(users or packages[-2:])
     return "".join([*shown, *traceback.format_exception_only(error)]).rstrip()
 
@@ -130,7 +126,8 @@ def describe_exception(error: BaseException) -> str:
 
 def is_users(filename: str) -> bool:
     """Whether a file is neither ours, nor an installed package's, nor Python's."""
-    return not _is_installed(filename) and not filename.startswith((PACKAGE, STANDARD_LIBRARY, "<"))
+    inside = any(Path(filename).is_relative_to(folder) for folder in (PACKAGE, STANDARD_LIBRARY))
+    return not (_is_installed(filename) or inside or filename.startswith("<"))
 
 
 def _is_installed(filename: str) -> bool:

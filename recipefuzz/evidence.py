@@ -7,6 +7,7 @@ number that decides anything has a standard error.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 
@@ -15,6 +16,7 @@ from recipefuzz.trace import Floats, Trace
 SIGMA = 2.0  # standard errors by which anything is called different: one chance in twenty to be wrong
 LEAST_WINDOW = 10  # steps: fewer give no standard error worth the name
 TINY = 1e-30
+Number = TypeVar("Number", float, Floats)
 
 # Middles of the last three quarters of a run, in run lengths; of the first quarter only rubbish is expected.
 SECOND, THIRD, LAST = 0.375, 0.625, 0.875
@@ -185,6 +187,11 @@ def skill_at_end(trace: Trace, baseline: float) -> float:
     return skill_of(trace, baseline, slice(max(0, trace.steps - window), trace.steps)).mean
 
 
+def below(constant: Number, loss: Number, baseline: float) -> Number:
+    """How far a loss is below a constant prediction's, in units of the baseline: skill, where the two are equal."""
+    return (constant - loss) / max(abs(baseline), TINY)
+
+
 @np.errstate(all="ignore")
 def skill_of(trace: Trace, baseline: float, steps: slice) -> Estimate:
     """1 - loss / constant's loss over some steps: a ratio of means.
@@ -198,7 +205,7 @@ def skill_of(trace: Trace, baseline: float, steps: slice) -> Estimate:
         skill = 1.0 - float(loss.mean()) / mean
         rest = (loss - (1.0 - skill) * constant) / mean
     else:
-        rest = (constant - loss) / max(abs(baseline), TINY)
+        rest = below(constant, loss, baseline)
         skill = float(rest.mean())
     return Estimate(skill, float(rest.std() / np.sqrt(len(rest))))
 

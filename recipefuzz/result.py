@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from recipefuzz.evidence import TINY, skill_at_end
+from recipefuzz.evidence import below, skill_at_end
 from recipefuzz.recipe import Recipe, Scalar
 from recipefuzz.trace import Trace
 from recipefuzz.verdict import Budget, Label, Verdict
@@ -106,7 +106,7 @@ def result_of(
         reason=verdict.reason,
         skill=_round(skill_at_end(trace, baseline)),
         score=_round(score(trace, baseline, budget)),
-        heldout_skill=_round((baseline - heldout) / max(abs(baseline), TINY)),
+        heldout_skill=_round(below(baseline, heldout, baseline)),
         loss=_round(float(trace.loss[-1])) if trace.steps else math.nan,
         baseline=_round(baseline),
         steps=trace.steps_run,
@@ -122,7 +122,7 @@ def score(trace: Trace, baseline: float, budget: Budget) -> float:
     if trace.first_bad is not None or not trace.steps:
         return 0.0
     loss = trace.loss[: budget.steps]
-    skills = np.clip((baseline - loss) / max(abs(baseline), TINY), 0.0, 1.0)
+    skills = np.clip(below(np.full(len(loss), baseline), loss, baseline), 0.0, 1.0)
     last = float(np.clip(skill_at_end(trace, baseline), 0.0, 1.0))
     return float((skills.sum() + last * (budget.steps - len(loss))) / budget.steps)
 

@@ -54,19 +54,11 @@ class RunFolder:
             fix=f"runs here: {', '.join(known)}" if known else "recipefuzz search CONFIG makes one",
         )
 
-    def results(self) -> list[TrialResult]:
-        """All finished trials, read while another process may be writing."""
+    def read(self) -> tuple[list[TrialResult], float]:
+        """All finished trials and the time that the search has taken, read while another process may be writing."""
         store = Store(self.journal, write=False)
         try:
-            return store.results()
-        finally:
-            store.close()
-
-    def seconds(self) -> float:
-        """Time that the search has taken so far, over its restarts."""
-        store = Store(self.journal, write=False)
-        try:
-            return store.seconds()
+            return store.results(), store.seconds()
         finally:
             store.close()
 
@@ -109,12 +101,12 @@ class RunFolder:
         """A folder with files in it that is no run is somebody's: nothing in it is overwritten or moved."""
         if not self.path.is_dir() or not any(self.path.iterdir()):
             return
-        tables_alone = (self.path / "trials.csv").exists() and not (
-            self.journal.exists() and self.journal.stat().st_size
-        )
-        if tables_alone or not self.journal.exists() or config.folder.is_relative_to(self.path):
+        begun = self.journal.exists() and self.journal.stat().st_size > 0
+        is_run = begun or (self.journal.exists() and not (self.path / "trials.csv").exists())
+        if not is_run or config.folder.is_relative_to(self.path):
+            why = "your code" if is_run else f"no {JOURNAL} of a run that made them"
             raise InputError(
-                f"the folder has files in it, and no {JOURNAL}: it is no run",
+                f"the folder has files in it, and {why}",
                 place=Place(str(self.path)),
                 expected="a new folder, an empty one, or that of a run",
                 fix="give another one with --folder or run.folder, or another study name",

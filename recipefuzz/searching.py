@@ -21,8 +21,9 @@ from recipefuzz.engines.job import Engine, Job, Outcome, run
 from recipefuzz.engines.rehearse import rehearse
 from recipefuzz.engines.select import ask_ahead, open_engine
 from recipefuzz.errors import InputError, RunFailedError
-from recipefuzz.ranking import Ranked, best, candidates, rank
+from recipefuzz.ranking import Ranked, candidates
 from recipefuzz.recipe import Recipe
+from recipefuzz.report.ranked import rank_run
 from recipefuzz.report.tables import ranking_frame, trials_frame
 from recipefuzz.report.write import write_reports
 from recipefuzz.result import Phase, TrialResult, result_of
@@ -65,8 +66,12 @@ class SearchResult:
     results: tuple[TrialResult, ...]
 
     @cached_property
+    def _ranked(self) -> tuple[list[Ranked], Ranked | None]:
+        return rank_run(self.config, self.results)
+
+    @property
     def ranked(self) -> list[Ranked]:
-        return rank(self.results, self.config.search.rank_by, wanted=self.config.search.confirm.seeds)
+        return self._ranked[0]
 
     @property
     def trials(self) -> pd.DataFrame:
@@ -80,7 +85,7 @@ class SearchResult:
 
     @property
     def winner(self) -> Ranked | None:
-        return best(self.ranked, confirmed=self.config.search.confirm.top > 0)
+        return self._ranked[1]
 
     @property
     def best(self) -> Recipe | None:

@@ -230,7 +230,7 @@ RECIPE = st.fixed_dictionaries(
 @example([({"lr": 1.0}, {"w": 1}), ({"lr": 1.0}, {"w": 1.0}), ({"lr": 1.0}, {"w": True}), ({"lr": 1.0}, {"w": "one"})])
 @example([({"lr": 1.0}, {"w": "inf"}), ({"lr": 1.0}, {"w": "nan"}), ({"lr": 1.0}, {"w": "none"})])
 def test_recipes_are_read_back_from_trials_csv_as_they_were(tmp_path, rows):
-    from recipefuzz.judging import parse_cell, read_table
+    from recipefuzz.report.recipes_csv import parse_cell, read_table
 
     rows = [own | extra for own, extra in rows if not {"null", "true", "false"} & set(map(str, extra.values()))]
     found = [TrialResult(i, Phase.SEARCH, 0, Recipe.of(v).values(), "nan") for i, v in enumerate(rows)]

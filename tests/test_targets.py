@@ -860,3 +860,10 @@ def test_integers_are_not_scaled(axis, norms):
     dicts = DatasetRows(Lazy(4, lambda i: ({"a": i}, {"b": i})))
     with pytest.raises(ValueError, match=rf"{axis}: \w+ needs floating-point values, but these are dict"):
         scaled(dicts, dicts, *norms)
+
+
+def test_a_folder_whose_name_begins_like_ours_is_the_users():
+    from recipefuzz.errors import PACKAGE, is_users
+
+    assert is_users(f"{PACKAGE}_models/model.py")
+    assert not is_users(f"{PACKAGE}/config.py")

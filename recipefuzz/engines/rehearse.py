@@ -145,7 +145,7 @@ def _guarded(call: Callable[[], T], config: Config, key: str, what: str) -> T:
 
 def _evaluate(task: Task, config: Config, model: nn.Module, test: Rows) -> None:
     """One held-out batch: its rows may have another shape than the training set's."""
-    x, y = test.take(some_rows(test, 64))
+    x, y = test.take(some_rows(test, ROWS))
     what = f"an evaluation, given the test set's x of shape {_shape(x)} and y of shape {_shape(y)},"
     with torch.no_grad():
         _guarded(lambda: task.loss(model.eval()(x), y), config, "target.data", what)

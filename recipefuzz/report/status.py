@@ -6,8 +6,9 @@ from collections import Counter
 from collections.abc import Iterator
 
 from recipefuzz.config import Config
-from recipefuzz.ranking import candidates, rank
+from recipefuzz.ranking import candidates
 from recipefuzz.report.picture import COLORS, outcome, shown
+from recipefuzz.report.ranked import rank_run
 from recipefuzz.result import Phase, TrialResult
 from recipefuzz.run_folder import RunFolder
 from recipefuzz.store import total
@@ -15,16 +16,15 @@ from recipefuzz.store import total
 
 def status_lines(folder: RunFolder) -> Iterator[str]:
     """Counts by verdict, throughput, what is left, the best so far: a line each."""
-    config, results = folder.load_config(), folder.results()
+    config, (results, elapsed) = folder.load_config(), folder.read()
     searched = [r for r in results if r.phase is Phase.SEARCH]
     confirming = [r for r in results if r.phase is Phase.CONFIRM]
     yield f"{config.study}: {_state(folder, config, searched, confirming)}"
     yield f"  search   {len(searched)} of {total(config.search, config.axes)} trials: {_counts(searched)}"
     yield f"  confirm  {len(confirming)} of {_wanted(config, searched)} runs: {_counts(confirming)}"
-    elapsed = folder.seconds()
     if searched and elapsed > 0:
         yield f"  speed    {len(searched) / elapsed:.2f} trials/s over {elapsed:.0f} s of search"
-    ranking = rank(results, config.search.rank_by, wanted=config.search.confirm.seeds)
+    ranking, _ = rank_run(config, results)
     if ranking:
         top = ranking[0]
         values = ", ".join(f"{n} {shown(top.trial.values[n])}" for n in config.axes.names)

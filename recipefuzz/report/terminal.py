@@ -120,7 +120,7 @@ def drawing(shown: RenderableType, title: str) -> str:
     return re.sub(r"@font-face \{.*?\}", "", paper.export_svg(title=title), flags=re.DOTALL)
 
 
-def console(*, stderr: bool = False) -> Console:
+def console() -> Console:
     """Colours and width of the terminal; no wrapping in a batch job's log."""
-    screen = Console(stderr=stderr, **PLAIN)
-    return screen if screen.is_terminal else Console(stderr=stderr, width=LOG_WIDTH, **PLAIN)
+    screen = Console(**PLAIN)
+    return screen if screen.is_terminal else Console(width=LOG_WIDTH, **PLAIN)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from recipefuzz.targets.losses import IGNORED
 from recipefuzz.targets.task import Rows, Task, TensorRows, read_targets
 
 ROWS = 1024  # targets used for a user's loss: the entropy of C classes is then right to about C / 2048 nats
@@ -22,7 +23,6 @@ STARTS = (0.0, 0.5)  # 0.5 for losses of probabilities, which are singular at 0
 ITERATIONS = 25  # of L-BFGS on a few numbers: convex losses are done in 10 to 20
 ROUNDS = 8  # at most, from the best point so far: a line search can get stuck where a density is nearly singular
 GAIN = 1e-6  # of the loss, under which a round is the last
-IGNORED = -100  # torch's ignore_index: a position that has no label
 
 
 @dataclass(frozen=True)

@@ -7,10 +7,17 @@ from typing import Any
 from torch import Tensor
 
 from recipefuzz.errors import InputError, Place
-from recipefuzz.targets.losses import class_dim, cross_entropy, cross_entropy_last, is_ambiguous, is_like, mismatch
+from recipefuzz.targets.losses import (
+    IGNORED,
+    class_dim,
+    cross_entropy,
+    cross_entropy_last,
+    is_ambiguous,
+    is_like,
+    mismatch,
+)
 from recipefuzz.targets.task import Task, read
 
-IGNORED = -100  # torch's ignore_index: a position that has no label
 CLASSES_LAST = "return torch.nn.functional.cross_entropy(output.flatten(0, 1), target.flatten())"
 
 

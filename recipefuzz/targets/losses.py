@@ -7,6 +7,8 @@ from torch.nn import functional
 
 from recipefuzz.targets.task import Loss
 
+IGNORED = -100  # torch's ignore_index: a position that has no label
+
 
 def cross_entropy(output: Tensor, target: Tensor) -> Tensor:
     """Mean cross-entropy in nats; logits (B, C), (B, C, ...) as in PyTorch, or (B, T, C) per position."""
