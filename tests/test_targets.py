@@ -862,8 +862,9 @@ def test_integers_are_not_scaled(axis, norms):
         scaled(dicts, dicts, *norms)
 
 
-def test_a_folder_whose_name_begins_like_ours_is_the_users():
-    from recipefuzz.errors import PACKAGE, is_users
+def test_a_folder_whose_name_begins_like_ours_is_the_users(monkeypatch):
+    from recipefuzz import errors
 
-    assert is_users(f"{PACKAGE}_models/model.py")
-    assert not is_users(f"{PACKAGE}/config.py")
+    monkeypatch.setattr(errors, "PACKAGE", "/src/recipefuzz")  # a checkout: an installed package is told by its folder
+    assert errors.is_users("/src/recipefuzz_models/model.py")
+    assert not errors.is_users("/src/recipefuzz/config.py")
