@@ -6,7 +6,9 @@ number that decides anything has a standard error.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TypeVar
 
 import numpy as np
@@ -53,21 +55,24 @@ class Course:
     get steeper (p > 1), as at the end of a plateau.
 
     Attributes:
-        last: mean over the last quarter.
-        gain, earlier: how much that is above the third quarter, and the third above the second.
+        second, third, last: means over the quarters of the run.
         stretch: the time that is asked about, in lengths of the run so far.
     """
 
+    second: Estimate
+    third: Estimate
     last: Estimate
-    gain: Estimate
-    earlier: Estimate
     stretch: float
 
-    @classmethod
-    def through(cls, quarters: list[Estimate], stretch: float) -> Course:
-        """The course through the means of the second, third and last quarter."""
-        second, third, last = quarters
-        return cls(last, last.minus(third), third.minus(second), stretch)
+    @cached_property
+    def gain(self) -> Estimate:
+        """How much the last quarter is above the third."""
+        return self.last.minus(self.third)
+
+    @cached_property
+    def earlier(self) -> Estimate:
+        """How much the third quarter is above the second."""
+        return self.third.minus(self.second)
 
     @property
     def power(self) -> float:
@@ -93,39 +98,62 @@ def _power(gain: float, earlier: float) -> float:
 
 @dataclass(frozen=True)
 class Evidence:
-    """The numbers of one run at one time. Skills as in `skill_of`.
+    """The numbers of one run at one time; each is worked out when a rule first asks for it, and then kept.
+
+    Most runs are judged by the first rules, which ask for few. Skills as in `skill_of`. Runs of huge losses overflow
+    here: who asks has numpy's warnings off, as `judge` has.
 
     Attributes:
-        steps: done so far. `horizon`: the most there can be. `used`: done, in short budgets.
-        now: skill over the last eighth of the run; `half`: over its last half.
-        skill: course of the skill; `log_loss`: of the log of baseline / loss, for a loss far above the baseline.
-        fall: drop of the log loss from the second quarter to the last.
-        motion: length of the way that the weights will go until the horizon at their present pace, relative
-            to their size; `path`: the same with what they have gone so far.
-        swell: size of all parameters relative to their first. Weights before a normalization grow without
-            harm; its gains, which are counted too, keep that small.
-        reach: gain of skill until the horizon if every step went straight downhill, to first order:
-            |gradient| * |update| bounds what a step changes the loss by.
-        gradient: median gradient norm over the last quarter, relative to the first steps'.
+        baseline: mean loss of the best constant predictor on the training targets.
+        short: steps of the short budget.
+        horizon: the most steps that the run can have.
     """
 
-    steps: int
+    trace: Trace
+    baseline: float
+    short: int
     horizon: int
-    used: float
-    now: Estimate
-    half: Estimate
-    skill: Course
-    log_loss: Course
-    fall: Estimate
-    motion: float
-    path: float
-    swell: float
-    reach: float
-    gradient: float
+
+    @cached_property
+    def steps(self) -> int:
+        return self.trace.steps
+
+    @cached_property
+    def used(self) -> float:
+        """Steps done, in short budgets."""
+        return self.steps / self.short
+
+    @cached_property
+    def now(self) -> Estimate:
+        """Skill over the last eighth of the run."""
+        return skill_of(self.trace, self.baseline, slice(self.steps - window(self.steps), self.steps))
+
+    @cached_property
+    def half(self) -> Estimate:
+        """Skill over the last half of the run."""
+        return skill_of(self.trace, self.baseline, slice(self.steps - 2 * (self.steps // 4), self.steps))
+
+    @cached_property
+    def recent(self) -> Estimate:
+        """Skill over the last quarter of the run."""
+        return skill_of(self.trace, self.baseline, self._quarter(4))
+
+    @cached_property
+    def skill(self) -> Course:
+        second, third = (skill_of(self.trace, self.baseline, self._quarter(n)) for n in (2, 3))
+        return Course(second, third, self.recent, self._stretch)
+
+    @cached_property
+    def log_loss(self) -> Course:
+        """Of the log of baseline / loss, for a loss far above the baseline."""
+        logs = -np.log(np.maximum(self.trace.loss, TINY) / self._scale)
+        second, third, last = (_mean(logs[self._quarter(n)]) for n in (2, 3, 4))
+        return Course(second, third, last, self._stretch)
 
     @property
-    def recent(self) -> Estimate:
-        return self.skill.last
+    def fall(self) -> Estimate:
+        """Drop of the log loss from the second quarter to the last."""
+        return self.log_loss.last.minus(self.log_loss.second)
 
     @property
     def rising(self) -> bool:
@@ -140,40 +168,71 @@ class Evidence:
         """The loss comes down, if slowly."""
         return self.rising or self.fall.low > 0
 
+    @cached_property
+    def motion(self) -> float:
+        """Way that the weights will go until the horizon at their present pace, relative to their size."""
+        return median(self._ratio[self._quarter(4)]) * self._left
 
-@np.errstate(all="ignore")  # finite runs reach 1e38, whose squares are inf: no rule decides by those
+    @cached_property
+    def path(self) -> float:
+        """The same with the way that they have gone so far."""
+        return float(np.add.reduce(self._ratio)) + self.motion
+
+    @property
+    def swell(self) -> float:
+        """Size of all parameters relative to their first.
+
+        Weights before a normalization grow without harm; its gains, which are counted too, keep that small.
+        """
+        return float(self.trace.param_norm[-1]) / max(float(self.trace.param_norm[0]), TINY)
+
+    @cached_property
+    def reach(self) -> float:
+        """Gain of skill until the horizon if every step went straight downhill, to first order.
+
+        |gradient| * |update| bounds what a step changes the loss by.
+        """
+        last = self._quarter(4)
+        bound = float(np.add.reduce(self.trace.grad_norm[last] * self.trace.update_norm[last])) / (self.steps // 4)
+        return bound * self._left / self._scale
+
+    @property
+    def gradient(self) -> float:
+        """Median gradient norm over the last quarter, relative to the first steps'."""
+        norms = self.trace.grad_norm
+        return median(norms[self._quarter(4)]) / max(median(norms[:LEAST_WINDOW]), TINY)
+
+    def _quarter(self, number: int) -> slice:
+        """The steps of the first to fourth quarter; what can't be divided by four is left out at the start."""
+        quarter = self.steps // 4
+        end = self.steps - (4 - number) * quarter
+        return slice(end - quarter, end)
+
+    @cached_property
+    def _ratio(self) -> Floats:
+        return self.trace.update_ratio
+
+    @property
+    def _left(self) -> int:
+        return self.horizon - self.steps
+
+    @property
+    def _stretch(self) -> float:
+        return self.horizon / self.steps
+
+    @property
+    def _scale(self) -> float:
+        return max(abs(self.baseline), TINY)
+
+
 def weigh(trace: Trace, baseline: float, short: int, horizon: int) -> Evidence | None:
-    """The evidence of a run that is finite so far; None while it is too short for any.
+    """The evidence of a run that is finite so far, as in `Evidence`; None while it is too short for any."""
+    return None if trace.steps < 2 * window(trace.steps) else Evidence(trace, baseline, short, horizon)
 
-    Args:
-        baseline: mean loss of the best constant predictor on the training targets.
-        short: steps of the short budget.
-        horizon: the most steps that the run can have.
-    """
-    t = trace.steps
-    window, quarter = max(LEAST_WINDOW, t // 8), t // 4
-    if t < 2 * window:
-        return None
-    scale, left = max(abs(baseline), TINY), horizon - t
-    parts = [slice(t - k * quarter, t - (k - 1) * quarter) for k in (3, 2, 1)]
-    logs = [_mean(-np.log(np.maximum(trace.loss[p], TINY) / scale)) for p in parts]
-    pace = float(np.median(trace.update_ratio[parts[-1]]))
-    bound = float((trace.grad_norm[parts[-1]] * trace.update_norm[parts[-1]]).mean())
-    return Evidence(
-        steps=t,
-        horizon=horizon,
-        used=t / short,
-        now=skill_of(trace, baseline, slice(t - window, t)),
-        half=skill_of(trace, baseline, slice(t - 2 * quarter, t)),
-        skill=Course.through([skill_of(trace, baseline, p) for p in parts], horizon / t),
-        log_loss=Course.through(logs, horizon / t),
-        fall=logs[2].minus(logs[0]),
-        motion=pace * left,
-        path=float(trace.update_ratio.sum()) + pace * left,
-        swell=float(trace.param_norm[-1] / max(trace.param_norm[0], TINY)),
-        reach=bound * left / scale,
-        gradient=float(np.median(trace.grad_norm[parts[-1]]) / max(np.median(trace.grad_norm[:LEAST_WINDOW]), TINY)),
-    )
+
+def window(steps: int) -> int:
+    """Length of the end of a run by which it is judged: an eighth, ten steps at least."""
+    return max(LEAST_WINDOW, steps // 8)
 
 
 def skill_at_end(trace: Trace, baseline: float) -> float:
@@ -183,8 +242,7 @@ def skill_at_end(trace: Trace, baseline: float) -> float:
     """
     if not trace.steps or trace.first_bad is not None:
         return float("nan")
-    window = max(LEAST_WINDOW, trace.steps // 8)
-    return skill_of(trace, baseline, slice(max(0, trace.steps - window), trace.steps)).mean
+    return skill_of(trace, baseline, slice(max(0, trace.steps - window(trace.steps)), trace.steps)).mean
 
 
 def below(constant: Number, loss: Number, baseline: float) -> Number:
@@ -200,15 +258,27 @@ def skill_of(trace: Trace, baseline: float, steps: slice) -> Estimate:
     Where the baseline is not positive (a likelihood of densities, say) it only sets the scale.
     """
     loss, constant = trace.loss[steps], trace.constant[steps]
-    mean = float(constant.mean())
+    mean = _average(constant)
     if baseline > 0 and mean > 0:
-        skill = 1.0 - float(loss.mean()) / mean
-        rest = (loss - (1.0 - skill) * constant) / mean
-    else:
-        rest = below(constant, loss, baseline)
-        skill = float(rest.mean())
-    return Estimate(skill, float(rest.std() / np.sqrt(len(rest))))
+        skill = 1.0 - _average(loss) / mean
+        return Estimate(skill, _mean((loss - (1.0 - skill) * constant) / mean).error)
+    return _mean(below(constant, loss, baseline))
 
 
 def _mean(values: Floats) -> Estimate:
-    return Estimate(float(values.mean()), float(values.std() / np.sqrt(len(values))))
+    mean = _average(values)
+    rest = values - mean
+    return Estimate(mean, math.sqrt(_average(rest * rest)) / math.sqrt(len(values)))
+
+
+def _average(values: Floats) -> float:
+    """As `values.mean()`, which takes three times as long for a few dozen numbers."""
+    return float(np.add.reduce(values)) / len(values)
+
+
+def median(values: Floats) -> float:
+    """As `np.median`, which takes ten times as long for a few dozen numbers. NaN if there is one among them."""
+    ordered, half = np.sort(values), len(values) // 2
+    if math.isnan(ordered[-1]):  # sorted to the end
+        return math.nan
+    return float(ordered[half]) if len(values) % 2 else float(ordered[half - 1] + ordered[half]) / 2

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from statistics import median
 
+from recipefuzz.recipe import Recipe
 from recipefuzz.result import Phase, TrialResult
 from recipefuzz.verdict import Label
 
@@ -60,9 +61,12 @@ def wilson(passed: int, runs: int, z: float = 1.959964) -> tuple[float, float]:
 def candidates(results: Iterable[TrialResult], top: int) -> list[TrialResult]:
     """The converging search trials worth confirming, best score first, each recipe once."""
     converging = (r for r in results if r.phase is Phase.SEARCH and r.converging)
-    best = sorted(converging, key=lambda r: (_from_best(r.score), r.trial))
-    unique = {r.recipe.fingerprint: r for r in reversed(best)}
-    return [r for r in best if unique[r.recipe.fingerprint] is r][:top]
+    found: dict[Recipe, TrialResult] = {}
+    for result in sorted(converging, key=lambda r: (_from_best(r.score), r.trial)):
+        if len(found) == top:
+            break
+        found.setdefault(result.recipe, result)
+    return list(found.values())
 
 
 def rank(results: Sequence[TrialResult], rank_by: str = "skill", *, wanted: int = 1) -> list[Ranked]:

@@ -123,7 +123,7 @@ def score(trace: Trace, baseline: float, budget: Budget) -> float:
         return 0.0
     loss = trace.loss[: budget.steps]
     skills = np.clip(below(np.full(len(loss), baseline), loss, baseline), 0.0, 1.0)
-    last = float(np.clip(skill_at_end(trace, baseline), 0.0, 1.0))
+    last = min(max(skill_at_end(trace, baseline), 0.0), 1.0)
     return float((skills.sum() + last * (budget.steps - len(loss))) / budget.steps)
 
 

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 Floats = NDArray[np.float64]
 COLUMNS = ("loss", "constant", "grad_norm", "update_norm", "weight_change", "weight_norm", "param_norm")
+LEAST_NORM = np.finfo(np.float64).tiny  # in place of a norm of zero that something is divided by
 
 
 def _empty() -> Floats:
@@ -58,7 +59,7 @@ class Trace:
     @property
     def update_ratio(self) -> Floats:
         """Size of each step's change relative to the weights, the usual gauge of a learning rate; (steps,)."""
-        return self.weight_change / np.maximum(self.weight_norm, np.finfo(np.float64).tiny)
+        return self.weight_change / np.maximum(self.weight_norm, LEAST_NORM)
 
     def extended(self, chunk: Floats) -> Trace:
         """This trace with a chunk of steps added.
@@ -67,17 +68,13 @@ class Trace:
             chunk: shape (steps, 8): the arrays in the order of `COLUMNS`, and whether (not 0) something was not
                 finite. Steps after the first such one are paid for and dropped: they train on rubbish.
         """
-        bad = chunk[:, len(COLUMNS)] != 0
-        end = int(bad.argmax()) + 1 if bad.any() else len(bad)
-        arrays: dict[str, Any] = {
-            name: np.concatenate([getattr(self, name), chunk[:end, i]]) for i, name in enumerate(COLUMNS)
-        }
-        return replace(
-            self,
-            first_bad=self.steps + end if bad.any() else None,
-            steps_run=self.steps_run + len(bad),
-            **arrays,
-        )
+        bad = chunk[:, len(COLUMNS)].nonzero()[0]
+        end = int(bad[0]) + 1 if len(bad) else len(chunk)
+        first_bad = self.steps + end if len(bad) else None
+        parts = [part for i, name in enumerate(COLUMNS) for part in (getattr(self, name), chunk[:end, i])]
+        table = np.concatenate(parts).reshape(len(COLUMNS), -1)  # at once: seven calls take longer than the copying
+        arrays: dict[str, Any] = dict(zip(COLUMNS, table, strict=True))
+        return Trace(**arrays, heldout=self.heldout, first_bad=first_bad, steps_run=self.steps_run + len(chunk))
 
     def evaluated(self, heldout_loss: float) -> Trace:
         return replace(self, heldout=(*self.heldout, (self.steps, heldout_loss)))
@@ -87,5 +84,12 @@ class Trace:
         finite = np.clip(self.loss[np.isfinite(self.loss)], -1e300, 1e300)  # so that a mean is finite, too
         if not len(finite):
             return []
-        parts = np.array_split(finite, min(points, len(finite)))
-        return [float(f"{part.mean():.4g}") for part in parts]
+        return [float(f"{mean:.4g}") for mean in _stretch_means(finite, min(points, len(finite)))]
+
+
+def _stretch_means(values: Floats, parts: int) -> list[float]:
+    """Means of stretches as `np.array_split` makes them: first those that are one longer, then the others."""
+    length, longer = divmod(len(values), parts)
+    cut = longer * (length + 1)
+    stretches = values[:cut].reshape(longer, length + 1), values[cut:].reshape(parts - longer, length)
+    return [mean for rows in stretches for mean in rows.mean(axis=1).tolist()]

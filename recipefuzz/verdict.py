@@ -26,11 +26,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import cached_property
 
 import numpy as np
 
-from recipefuzz.evidence import Evidence, weigh
-from recipefuzz.trace import Trace
+from recipefuzz.evidence import Evidence, median, weigh
+from recipefuzz.trace import LEAST_NORM, Trace
 
 
 class Label(StrEnum):
@@ -77,14 +78,22 @@ class Budget:
         A few early ones, since most NaNs come in the first steps; then eighths of the short budget; after it,
         quarters.
         """
+        return self._checkpoints
+
+    def evaluates_at(self, step: int) -> bool:
+        """Whether the held-out loss is taken after this step: at quarters of the short budget."""
+        return step in self._evaluations
+
+    @cached_property  # kept, as every trial asks for them; the evaluations at every checkpoint
+    def _checkpoints(self) -> tuple[int, ...]:
         eighths = [round(self.steps * k / 8) for k in range(1, 9)]
         early = [n for n in (8, 16, 32, 64) if n < 0.7 * eighths[0]]
         quarters = [round(self.steps * k / 4) for k in range(5, 4 * (1 + self.extend) + 1)]
         return tuple(sorted({n for n in (*early, *eighths, *quarters) if n > 0}))
 
-    def evaluates_at(self, step: int) -> bool:
-        """Whether the held-out loss is taken after this step: at quarters of the short budget."""
-        return step in {round(self.steps * k / 4) for k in range(1, 4 * (1 + self.extend) + 1)}
+    @cached_property
+    def _evaluations(self) -> frozenset[int]:
+        return frozenset(round(self.steps * k / 4) for k in range(1, 4 * (1 + self.extend) + 1))
 
 
 @dataclass(frozen=True)
@@ -97,6 +106,7 @@ class Verdict:
     evidence: Mapping[str, float]
 
 
+@np.errstate(all="ignore")  # finite runs reach 1e38, whose squares are inf: no rule decides by those
 def judge(trace: Trace, baseline: float, budget: Budget, *, whole: bool = False) -> Verdict | None:
     """The verdict on a run so far, or None where it is still open.
 
@@ -160,18 +170,20 @@ def _out_of_patience(e: Evidence) -> Verdict | None:
 
 
 def _hardly_moves(e: Evidence) -> Verdict | None:
+    lazy = e.path < LAZY
+    growth = 1.0 if lazy or e.used >= 1 else GROWTH
+    out_of_reach = (lazy or e.used >= HALFWAY) and e.recent.high + growth * e.reach < SOME
+    if not out_of_reach and not (lazy and _hopeless(e)):
+        return None
     text = (
         f"skill {e.recent.mean:.3f} after {e.steps} steps, and {e.horizon} such steps are too small to get anywhere: "
         f"they move the weights by {e.path:.1g} of their size, and the loss by {e.reach:.1g} of the baseline at most"
     )
-    lazy = e.path < LAZY
-    growth = 1.0 if lazy or e.used >= 1 else GROWTH
-    out_of_reach = e.recent.high + growth * e.reach < SOME and (lazy or e.used >= HALFWAY)
-    if out_of_reach or (lazy and e.used >= EARLY and not _may_get_there(e)):
-        return _stalled(e, text, "lr_too_low")
-    if lazy and e.used >= HALFWAY and not _will_get_there(e):
-        return _stalled(e, text, "lr_too_low")
-    return None
+    return _stalled(e, text, "lr_too_low")
+
+
+def _hopeless(e: Evidence) -> bool:
+    return (e.used >= EARLY and not _may_get_there(e)) or (e.used >= HALFWAY and not _will_get_there(e))
 
 
 def _may_get_there(e: Evidence) -> bool:
@@ -213,9 +225,9 @@ def _flat(e: Evidence) -> Verdict | None:
     """At the end of the short budget where there is little to hope for; later where there is more."""
     if e.falling or e.used < 1:
         return None
-    hopeless = e.half.high < FLAT and e.reach < WEAK
+    weak = e.half.high < FLAT and e.reach < WEAK
     below = e.used >= FLAT_FOR and e.half.high < 0
-    if not hopeless and not below and (e.used < PATIENCE or e.now.high >= FLAT):
+    if not weak and not below and (e.used < PATIENCE or e.now.high >= FLAT):
         return None
     cause = "vanishing_gradients" if e.gradient < VANISHED else "unknown"
     text = f"no better than a constant prediction after {e.steps} steps: skill {e.half.mean:.3f} and flat"
@@ -232,20 +244,19 @@ def _horizon(e: Evidence) -> Verdict | None:
 RULES = (_learned, _rising, _levels_off, _out_of_patience, _hardly_moves, _blown_up, _thrown, _flat, _horizon)
 
 
-@np.errstate(all="ignore")
 def _not_finite(trace: Trace) -> Verdict:
     """NaN, with what the trace shows of its way there; where and why exactly needs a replay."""
     step = trace.first_bad or 0
     start, loss = float(trace.loss[0]), float(trace.loss[-1])
     before = trace.loss[-2] if trace.steps > 1 else np.nan
-    swell = float(trace.param_norm[-1] / max(trace.param_norm[0], np.finfo(float).tiny))
+    swell = float(trace.param_norm[-1] / max(trace.param_norm[0], LEAST_NORM))
     what = "the loss" if not np.isfinite(loss) else "a gradient or a parameter"
     text = f"{what} is not finite at step {step}"
     evidence = {"step": float(step), "first_loss": start, "loss_before": float(before), "swell": swell}
     if swell >= SWOLLEN:
         text += f"; the weights had grown to {swell:.3g} times their size"
         return Verdict(Label.NAN, text, "exploding_parameters", evidence)
-    usual = float(np.median(trace.grad_norm[: max(1, trace.steps - 1)]))
+    usual = median(trace.grad_norm[: max(1, trace.steps - 1)])
     burst = float(trace.grad_norm[-1]) > BURST * usual or not np.isfinite(trace.grad_norm[-1])
     if trace.steps > 1 and burst and np.isfinite(usual):
         return Verdict(Label.NAN, f"{text}; the gradient burst from {usual:.3g}", "exploding_gradients", evidence)

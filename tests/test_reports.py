@@ -8,6 +8,7 @@ import io
 import math
 import os
 import string
+import time
 from pathlib import Path
 
 import pandas as pd
@@ -26,6 +27,7 @@ from recipefuzz.recipe import NORMS, Recipe
 from recipefuzz.report import write as write_module
 from recipefuzz.report.failures import buckets, region
 from recipefuzz.report.picture import picture, shown, sparkline
+from recipefuzz.report.progress import Progress
 from recipefuzz.report.status import status_lines
 from recipefuzz.report.tables import failures_frame, ranking_frame, trials_frame, verdicts_frame, write_csv
 from recipefuzz.report.terminal import PLAIN, summary
@@ -289,6 +291,25 @@ def test_region_does_not_depend_on_the_order(chance):
     assert text
 
 
+def gain(cut: float, inside: list[int], outside: list[int], sign: int) -> float:
+    ours, others = (sum(sign * v > sign * cut for v in values) / len(values) for values in (inside, outside))
+    return ours - others
+
+
+@steady
+@given(*[st.lists(st.integers(1, 9), min_size=3, max_size=20)] * 2)
+def test_region_of_one_axis_is_its_best_cut(inside, outside):
+    """Against every threshold there is."""
+    space = Space((("width", Range(1, 9, integer=True)),))
+    best = max(gain(cut + 0.5, inside, outside, sign) for cut in range(1, 9) for sign in (1, -1))
+    text = region([{"width": v} for v in inside], [{"width": v} for v in outside], space)
+    if text:
+        _, sign, cut = text.split()
+        assert gain(float(cut), inside, outside, 1 if sign == ">" else -1) == pytest.approx(best)
+    else:
+        assert best < 0.25 + 1e-9
+
+
 def failed(number: int, lr: float, **more) -> TrialResult:
     return TrialResult(
         number, Phase.SEARCH, 0, Recipe(lr=lr).values() | {"width": 1 + number * 7 % 16, "norm": None}, **more
@@ -395,6 +416,24 @@ def test_summary_is_printed_whatever_there_is(tmp_path, found):
     assert "files in " in text
     assert ("1 safe recipe" in text) is (len(found) > 5)
     assert ("1 trial: exploding_parameters" in text) is bool(found)
+
+
+# --- progress
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_progress_draws_by_the_clock_and_not_by_the_trial(monkeypatch, terminal):
+    drawn = []
+    monkeypatch.setattr(Progress, "_render", lambda _: drawn.append(1) or "bar")
+    screen = Console(file=io.StringIO(), force_terminal=terminal, width=140, color_system=None, **PLAIN)
+    progress, start = Progress(screen, ["lr"]), time.monotonic()
+    progress.begin(Phase.SEARCH, [], 2000)
+    for number in range(2000):
+        progress.finished(trial(0, verdict="converging" if number == 7 else "nan"))
+    progress.close()
+    assert len(drawn) <= (5 + 10 * (time.monotonic() - start) if terminal else 0)
+    assert "search 2000/2000; 1 converging, 1999 nan; " in screen.file.getvalue()
+    assert screen.file.getvalue().endswith("; best so far trial 0: lr 0.1\n")
 
 
 # --- files

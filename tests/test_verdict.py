@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from recipefuzz.evidence import Course, Estimate, skill_at_end, weigh
+from recipefuzz.evidence import Course, Estimate, median, skill_at_end, skill_of, weigh
 from recipefuzz.trace import COLUMNS, Trace
 from recipefuzz.verdict import Budget, Label, Verdict, judge
 
@@ -182,7 +182,7 @@ def test_checkpoints_go_up_to_the_horizon(steps: int, extend: int) -> None:
 @pytest.mark.parametrize("power", [-1.5, -0.5, 0.5, 1.0, 2.0, 3.0])
 def test_a_course_finds_the_power_it_was_made_with(power: float) -> None:
     quarters = [Estimate(5 + np.sign(power) * at**power, 0.0) for at in (0.375, 0.625, 0.875)]
-    course = Course.through(quarters, stretch=3.0)
+    course = Course(*quarters, stretch=3.0)
     assert course.power == pytest.approx(power, abs=0.02)
     assert course.at_end() == pytest.approx(5 + np.sign(power) * 3.0**power, rel=0.02)
 
@@ -199,3 +199,30 @@ def test_skill_of_a_loss_below_zero_counts_from_the_baseline() -> None:
     n = 100
     columns = [np.full(n, v) for v in (-4.0, -3.0, 1.0, 0.1, 0.1, 10.0, 10.0)]
     assert skill_at_end(Trace(*columns), -3.0) == pytest.approx(1 / 3)
+
+
+NUMBERS = st.lists(st.floats(-1e300, 1e300) | st.just(np.nan) | st.just(np.inf), min_size=1, max_size=60)
+
+
+@settings(deadline=None)
+@given(NUMBERS)
+def test_quick_median_is_that_of_numpy(numbers: list[float]) -> None:
+    assert np.array_equal(median(np.array(numbers)), np.median(numbers), equal_nan=True)
+
+
+@settings(max_examples=60, deadline=None)
+@given(runs, st.integers(1, 40))
+def test_quick_means_are_those_of_numpy_to_the_last_bit(trace: Trace, points: int) -> None:
+    parts = np.array_split(trace.loss, points)
+    assert trace.curve(points) == [float(f"{part.mean():.4g}") for part in parts]
+    for part in np.split(np.arange(trace.steps), range(10, trace.steps, 110)):
+        loss, constant = trace.loss[part], trace.constant[part]
+        skill = 1.0 - float(loss.mean()) / float(constant.mean())
+        rest = (loss - (1.0 - skill) * constant) / constant.mean()
+        found = skill_of(trace, BASELINE, slice(part[0], part[-1] + 1))
+        assert found == Estimate(skill, float(rest.std() / np.sqrt(len(rest))))
+
+
+def test_numbers_that_overflow_are_judged_without_a_warning() -> None:
+    trace = run(np.full(BUDGET.limit, -1e300), noise=0.5, pace=1e200)
+    assert decide(trace)[0].label is Label.STALLED

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+import numpy as np
 
 from recipefuzz.recipe import Scalar
 from recipefuzz.result import Phase, TrialResult
@@ -14,6 +16,7 @@ from recipefuzz.space import Choice, Range, Space
 CLEAR = 0.25  # least gain (share of the bucket inside minus share of the others) at which a region is named:
 # below it the sentence would send people to turn a knob that hardly matters
 SMALLEST = 3  # trials; fewer have no region
+Kind = tuple[str, str]  # verdict and cause; of an error, the beginning of its message
 
 
 @dataclass(frozen=True)
@@ -46,24 +49,31 @@ class Bucket:
 def buckets(results: Sequence[TrialResult], space: Space) -> list[Bucket]:
     """Buckets of the search's failing trials, largest first. An error's bucket is its message."""
     trials = [r for r in results if r.phase is Phase.SEARCH]
-    counted = Counter(key for r in trials if (key := _key(r)) is not None)
-    return [_bucket(key, trials, space) for key, _ in counted.most_common()]
+    kinds: defaultdict[Kind | None, list[TrialResult]] = defaultdict(list)
+    for result in trials:
+        kinds[_kind(result)].append(result)
+    largest_first = sorted(kinds, key=lambda kind: -len(kinds[kind]))
+    return [_bucket(kind, kinds, len(trials), space) for kind in largest_first if kind is not None]
 
 
-def _bucket(key: tuple[str, str], trials: Sequence[TrialResult], space: Space) -> Bucket:
-    inside = [r for r in trials if _key(r) == key]
-    outside = [r for r in trials if _key(r) != key]
+def _bucket(kind: Kind, kinds: Mapping[Kind | None, Sequence[TrialResult]], trials: int, space: Space) -> Bucket:
+    inside = kinds[kind]
     return Bucket(
-        verdict=key[0],
-        cause=key[1],
+        verdict=kind[0],
+        cause=kind[1],
         trials=len(inside),
-        share=len(inside) / len(trials),
-        where=region([r.values for r in inside], [r.values for r in outside], space),
+        share=len(inside) / trials,
+        where=_where(kind, kinds, space) if len(inside) >= SMALLEST else "",
         example=inside[len(inside) // 2],
     )
 
 
-def _key(result: TrialResult) -> tuple[str, str] | None:
+def _where(kind: Kind, kinds: Mapping[Kind | None, Sequence[TrialResult]], space: Space) -> str:
+    outside = [r.values for other, results in kinds.items() if other != kind for r in results]
+    return region([r.values for r in kinds[kind]], outside, space)
+
+
+def _kind(result: TrialResult) -> Kind | None:
     if result.error:
         return "error", result.error[:80]
     return None if result.converging else (result.verdict, result.cause)
@@ -102,10 +112,13 @@ def _conditions(
 def _cut(name: str, ours: Sequence[Any], others: Sequence[Any], *, above: bool) -> tuple[float, str]:
     """The best threshold: midway between two neighbouring values, rounded to two digits."""
     sign = 1.0 if above else -1.0
-    tagged = sorted([(sign * v, 1.0 / len(ours)) for v in ours] + [(sign * v, -1.0 / len(others)) for v in others])
-    gain, best, at = 0.0, 0.0, tagged[-1][0]
-    for i in range(len(tagged) - 1, 0, -1):
-        gain += tagged[i][1]
-        if gain > best and tagged[i][0] > tagged[i - 1][0]:
-            best, at = gain, (tagged[i][0] + tagged[i - 1][0]) / 2
-    return best, f"{name} {'>' if above else '<'} {sign * at:.2g}"
+    values = sign * np.array([*ours, *others], dtype=np.float64)
+    shares = np.repeat([1.0 / len(ours), -1.0 / len(others)], [len(ours), len(others)])
+    order = np.lexsort((shares, values))[::-1]
+    values, gains = values[order], np.cumsum(shares[order])
+    ends = np.flatnonzero(values[:-1] > values[1:])  # a cut is never between equal values
+    best = ends[gains[ends].argmax()] if len(ends) else 0
+    if not len(ends) or gains[best] <= 0:
+        return 0.0, ""
+    at = (float(values[best]) + float(values[best + 1])) / 2
+    return float(gains[best]), f"{name} {'>' if above else '<'} {sign * at:.2g}"

@@ -46,18 +46,17 @@ class Progress:
         if self._done:
             self._console.print(f"resuming: {self._done} of {total} {_runs(phase)} are done", style="dim")
         if total > self._done and self._console.is_terminal:
-            self._live = Live(self._render(), console=self._console, refresh_per_second=8, transient=True)
+            # drawn by its own clock: at hundreds of trials a second most drawings would never be seen
+            self._live = Live(get_renderable=self._render, console=self._console, refresh_per_second=8, transient=True)
             self._live.start()
 
     def finished(self, result: TrialResult) -> None:
         self._count(result)
         self._new += 1
-        if self._live is not None:
-            self._live.update(self._render())
-            if self._done >= self._total:
-                self._stop()
-        else:
+        if self._live is None:
             self._log()
+        elif self._done >= self._total:
+            self._stop()
 
     def say(self, line: str) -> None:
         self._console.print(line, style="dim")
