@@ -88,7 +88,7 @@ def train(
     """
     started = time.perf_counter()
     trace, verdict = Trace(), None
-    task, (train_rows, test_rows) = _with_own_loss(task, device), rows
+    task, (train_rows, test_rows) = with_own_loss(task, device), rows
     with seeded(job.seed, device), flushed_denormals():
         model = prepare.build_model(task, job.recipe, device)
         stepper = Stepper(model, task.loss, job.recipe, device)
@@ -154,7 +154,7 @@ def one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def _with_own_loss(task: Task, device: torch.device) -> Task:
+def with_own_loss(task: Task, device: torch.device) -> Task:
     """The task with a loss of the trial's own: a module's state starts anew, and its buffers are on the device."""
     if not isinstance(task.loss, nn.Module):
         return task
@@ -184,13 +184,13 @@ class SequentialEngine:
         try:
             with one_thread():
                 constant = self._baselines.of(job.recipe)
-                rows = self._rows_of(job.recipe)
+                rows = self.rows_of(job.recipe)
                 return train(self._task, job, self._budget, self._device, rows, constant)
         except RAISED as error:
-            kind = "out of memory: " if _is_lack_of_memory(error) else ""
+            kind = "out of memory: " if is_lack_of_memory(error) else ""
             return Outcome(job, Trace(), None, error=kind + describe_exception(error))
 
-    def _rows_of(self, recipe: Recipe) -> tuple[Rows, Rows]:
+    def rows_of(self, recipe: Recipe) -> tuple[Rows, Rows]:
         """Scaled and moved once for all recipes that scale alike."""
         key = (recipe.input_norm, recipe.target_norm)
         if key not in self._rows:
@@ -200,6 +200,6 @@ class SequentialEngine:
         return self._rows[key]
 
 
-def _is_lack_of_memory(error: BaseException) -> bool:
+def is_lack_of_memory(error: BaseException) -> bool:
     """Python's own, a GPU's, or torch's on the CPU, which has no class of its own."""
     return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "DefaultCPUAllocator" in str(error)

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from recipefuzz.targets.norms import make_norm
 
@@ -244,11 +245,7 @@ class Block(nn.Module):
 
 
 class CausalAttention(nn.Module):
-    """Scaled dot-product self-attention over (N, T, width), written out.
-
-    `functional.scaled_dot_product_attention` has no batching rule on the CPU: under vmap, as for the fused
-    engine's lanes, it would run lane by lane. Products and a softmax are batched, and a failure names one.
-    """
+    """Scaled dot-product self-attention over (N, T, width)."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -258,12 +255,9 @@ class CausalAttention(nn.Module):
         self.out = nn.Linear(width, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        steps = x.shape[1]
         split = self.qkv(x).unflatten(-1, (3, self.heads, -1))
         query, key, value = split.permute(2, 0, 3, 1, 4).unbind(0)  # each (N, heads, T, width / heads)
-        later = torch.ones(steps, steps, dtype=torch.bool, device=x.device).triu(1)
-        scores = query @ key.transpose(-1, -2) / math.sqrt(query.shape[-1])
-        attended = scores.masked_fill(later, -math.inf).softmax(-1) @ value
+        attended = functional.scaled_dot_product_attention(query, key, value, is_causal=True)
         output: Tensor = self.out(attended.transpose(1, 2).flatten(2))
         return output
 

@@ -1,0 +1,286 @@
+"""The fused engine: recipes of one structure are trained as one batched program, a lane each.
+
+Recipes of a search differ in numbers: learning rate, scales, thresholds, weight decay, seed. Those become columns of the
+batched program. What changes which operations are launched (normalization, optimizer family, precision, batch size, the
+factory's own arguments) is the structure; each has a program of its own. HFTA (Wang et al., MLSys 2021,
+arXiv:2102.02344) fuses models alike; here lanes also come and go, as requests do in serving engines (Orca, OSDI 2022): a
+decided lane leaves at its checkpoint, and a waiting job takes its place.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import OrderedDict, deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from recipefuzz.engines import prepare
+from recipefuzz.engines.baselines import Baselines
+from recipefuzz.engines.job import Job, Outcome
+from recipefuzz.engines.lane_updates import FAMILIES
+from recipefuzz.engines.lanes import Lane, Lanes
+from recipefuzz.engines.lanewise import NotFusableError
+from recipefuzz.engines.probe import probed
+from recipefuzz.engines.program import Program, Start
+from recipefuzz.engines.sequential import (
+    HELDOUT_ROWS,
+    SequentialEngine,
+    flushed_denormals,
+    is_lack_of_memory,
+    one_thread,
+    with_own_loss,
+)
+from recipefuzz.errors import RAISED
+from recipefuzz.recipe import Recipe
+from recipefuzz.targets.baseline import Constant
+from recipefuzz.targets.seeding import seeded
+from recipefuzz.targets.task import Task, TensorRows, some_rows
+from recipefuzz.trace import Floats
+from recipefuzz.verdict import Budget, judge
+
+LANES = 32  # where nothing was measured: on a CPU more than 16 to 64 bring nothing, and cost its caches
+KEPT_STARTS = 64  # initial weights that are kept: a search has one set for each structure
+ROOM = 0.25  # share of the lanes that must be free before new ones are let in: those that start together stay in step
+EVALUATED_ROWS = 512  # as in sequential.evaluate
+
+Structure = tuple[Any, ...]
+
+
+def structure(recipe: Recipe) -> Structure:
+    """What of a recipe decides which program trains it."""
+    return (
+        recipe.norm,
+        FAMILIES[recipe.optimizer],
+        recipe.precision,
+        recipe.batch_size,
+        recipe.input_norm,
+        recipe.target_norm,
+        recipe.extra,
+    )
+
+
+@dataclass
+class _Group:
+    """One structure's lanes and the jobs that wait for one."""
+
+    waiting: deque[Job] = field(default_factory=deque)
+    lanes: Lanes | None = None
+    constant: Constant | None = None
+    heldout: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+
+    @property
+    def busy(self) -> int:
+        return len(self.waiting) + (len(self.lanes.lanes) if self.lanes else 0)
+
+
+class FusedEngine:
+    """Trains jobs in lanes, in this very process and on one thread.
+
+    A structure that can't be fused is trained by the sequential engine; so are the jobs of a chunk that raised: then an
+    exception of one recipe is that recipe's own.
+
+    Args:
+        lanes: of one program at most.
+    """
+
+    def __init__(self, task: Task, budget: Budget, device: torch.device, lanes: int = LANES) -> None:
+        self._task, self._budget = with_own_loss(task, device), budget
+        self._device, self._most = device, lanes
+        self._alone = SequentialEngine(task, budget, device)
+        self._baselines = Baselines(task, device)
+        self._groups: dict[Structure, _Group] = {}
+        self._apart: deque[Job] = deque()
+        self._starts: OrderedDict[Any, Start] = OrderedDict()
+        self._orders: dict[tuple[int, int], _Order] = {}
+        self.reasons: dict[Structure, str] = {}  # why a structure is not fused
+
+    def submit(self, job: Job) -> None:
+        key = structure(job.recipe)
+        if key in self.reasons:
+            self._apart.append(job)
+        else:
+            self._groups.setdefault(key, _Group()).waiting.append(job)
+
+    @property
+    def load(self) -> int:
+        """Jobs that are not done."""
+        return len(self._apart) + sum(group.busy for group in self._groups.values())
+
+    def collect(self) -> list[Outcome]:
+        while self.load:
+            if outcomes := self.advance():
+                return outcomes
+        return []
+
+    def close(self) -> None:
+        self._groups.clear()
+        self._apart.clear()
+
+    def advance(self) -> list[Outcome]:
+        """Train for one chunk the structure that has most to do; the trials that it decided."""
+        if self._apart:
+            return [self._alone.train(self._apart.popleft())]
+        key, group = max(self._groups.items(), key=lambda item: item[1].busy, default=(None, None))
+        if group is None or not group.busy:
+            return []
+        try:
+            with one_thread(), flushed_denormals():
+                return self._chunk(group)
+        except NotFusableError as error:
+            self.reasons[key] = str(error)
+        except RAISED as error:
+            if is_lack_of_memory(error) and self._most > 1:
+                self._most = max(1, min(self._most, len(group.lanes.lanes) if group.lanes else self._most) // 2)
+                self._restart(group)
+                return []
+            if not group.lanes:  # before the first step: it is the structure's, not a recipe's
+                self.reasons[key] = f"its program raised {type(error).__name__}: {error}"
+        self._apart.extend(job for job in self._jobs(group))
+        del self._groups[key]
+        return []
+
+    def _jobs(self, group: _Group) -> list[Job]:
+        running = [lane.job for lane in group.lanes.lanes] if group.lanes else []
+        return [*running, *group.waiting]
+
+    def _restart(self, group: _Group) -> None:
+        """Jobs begin anew, in fewer lanes."""
+        group.waiting = deque(self._jobs(group))
+        group.lanes = None
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def _chunk(self, group: _Group) -> list[Outcome]:
+        started = time.perf_counter()
+        if group.lanes is None:
+            self._open(group)
+        assert group.lanes is not None
+        self._let_in(group)
+        lanes = group.lanes.lanes
+        steps = min(self._next_checkpoint(lane.done) - lane.done for lane in lanes)
+        group.lanes.run(steps, self._order_of)
+        outcomes = self._judge(group, [i for i, lane in enumerate(lanes) if self._at_checkpoint(lane.done)])
+        for lane in lanes:
+            lane.seconds += (time.perf_counter() - started) / len(lanes)
+        return [self._with_seconds(outcome, lane) for lane, outcome in outcomes]
+
+    def _with_seconds(self, outcome: Outcome, lane: Lane) -> Outcome:
+        return Outcome(outcome.job, outcome.trace, outcome.verdict, outcome.baseline, seconds=lane.seconds)
+
+    def _next_checkpoint(self, done: int) -> int:
+        return next(c for c in self._budget.checkpoints() if c > done)
+
+    def _at_checkpoint(self, done: int) -> bool:
+        return done in self._budget.checkpoints()
+
+    def _open(self, group: _Group) -> None:
+        """Make the structure's program, and see that it computes what each recipe would alone.
+
+        Raises:
+            NotFusableError: it can't be made, or does not.
+        """
+        recipe = group.waiting[0].recipe
+        train_rows, test_rows = self._alone.rows_of(recipe)
+        if not isinstance(train_rows, TensorRows):
+            raise NotFusableError("its rows come one by one from a Dataset: return tensors where they fit in memory")
+        program = probed(self._task, recipe, train_rows, self._device)
+        group.constant = self._baselines.of(recipe)
+        index = some_rows(test_rows, HELDOUT_ROWS).to(test_rows.index_device)
+        group.heldout = [test_rows.take(part) for part in index.split(EVALUATED_ROWS)]
+        half = recipe.precision == "fp16"
+        group.lanes = Lanes(program, train_rows, FAMILIES[recipe.optimizer], half, self._device)
+
+    def _let_in(self, group: _Group) -> None:
+        assert group.lanes is not None
+        lanes = group.lanes.lanes
+        free = self._most - len(lanes)
+        if not group.waiting or (lanes and free < ROOM * self._most):
+            return
+        new = [group.waiting.popleft() for _ in range(min(free, len(group.waiting)))]
+        group.lanes.replace(range(len(lanes)), new, [self._start_of(job) for job in new])
+
+    def _start_of(self, job: Job) -> Start:
+        key = (job.recipe.norm, job.recipe.extra, job.seed)
+        if key not in self._starts:
+            with seeded(job.seed, self._device):
+                model = prepare.build_model(self._task, job.recipe.but(init_scale=1.0), self._device)
+            self._starts[key] = Start.of(model)
+            if len(self._starts) > KEPT_STARTS:
+                self._starts.popitem(last=False)
+        self._starts.move_to_end(key)
+        return self._starts[key]
+
+    def _order_of(self, job: Job, start: int, stop: int) -> Tensor:
+        return self._order(job).rows(stop)[start:stop]
+
+    def _order(self, job: Job) -> _Order:
+        key = (job.seed, job.recipe.batch_size)
+        if key not in self._orders:
+            self._orders[key] = _Order(prepare.BatchOrder(len(self._task.train), job.recipe.batch_size, job.seed))
+        return self._orders[key]
+
+    def _judge(self, group: _Group, due: Sequence[int]) -> list[tuple[Lane, Outcome]]:
+        """Ask for the verdict of lanes at a checkpoint; those that have one leave."""
+        assert group.lanes is not None
+        assert group.constant is not None
+        lanes = group.lanes.lanes
+        for i in due:
+            lane = lanes[i]
+            lane.trace = lane.trace.extended(self._columns(group, lane))
+        evaluated = [i for i in due if lanes[i].trace.first_bad is None and self._budget.evaluates_at(lanes[i].done)]
+        at_once = max(1, len(lanes) * lanes[0].job.recipe.batch_size // EVALUATED_ROWS)
+        for i, loss in zip(evaluated, group.lanes.heldout(evaluated, group.heldout, at_once), strict=True):
+            lanes[i].trace = lanes[i].trace.evaluated(loss)
+        outcomes = []
+        for i in due:
+            lane, baseline = lanes[i], group.constant.loss
+            verdict = judge(lane.trace, baseline, self._budget, whole=lane.job.whole)
+            if verdict is not None:
+                outcomes.append((lane, Outcome(lane.job, lane.trace, verdict, baseline)))
+        decided = {id(lane) for lane, _ in outcomes}
+        if decided:
+            group.lanes.replace([i for i, lane in enumerate(lanes) if id(lane) not in decided], [], [])
+        return outcomes
+
+    def _columns(self, group: _Group, lane: Lane) -> Floats:
+        """What a lane recorded since its last checkpoint, as `Trace.extended` wants it."""
+        numbers = lane.take()
+        start = lane.done - len(numbers)
+        constants = self._order(lane.job).constants(self._task, group, start, lane.done)
+        loss, gradient, largest = numbers[:, 0], numbers[:, 1], numbers[:, 6]
+        bad = ~np.isfinite(loss) | ~np.isfinite(largest) | np.isnan(gradient)
+        return np.column_stack([loss, constants, numbers[:, 1:6], bad])
+
+
+class _Order:
+    """The rows of one seed's steps, drawn once for all its trials; with them the constant's loss on each batch."""
+
+    def __init__(self, order: prepare.BatchOrder) -> None:
+        self._order = order
+        self._rows = torch.empty(0)
+        self._constants: dict[int, Floats] = {}
+
+    def rows(self, steps: int) -> Tensor:
+        """Indices of the first steps, (steps or more, batch)."""
+        if steps > len(self._rows):
+            drawn = self._order.draw(max(steps, 2 * len(self._rows)) - len(self._rows), torch.device("cpu"))
+            self._rows = torch.cat([self._rows, drawn]) if len(self._rows) else drawn
+        return self._rows
+
+    def constants(self, task: Task, group: _Group, start: int, stop: int) -> Floats:
+        """Loss of the best constant prediction on each step's batch, (stop - start,)."""
+        assert group.constant is not None
+        known = self._constants.get(id(group.constant), np.zeros(0))
+        if stop > len(known):
+            index = self.rows(stop)[len(known) :]
+            found = group.constant.of_rows(index.to(group.lanes.rows.index_device))
+            if found is None:
+                targets = (group.lanes.rows.take(batch)[1] for batch in index.to(group.lanes.rows.index_device))
+                found = torch.stack([group.constant.of_targets(task, y, len(y)).float() for y in targets])
+            known = self._constants[id(group.constant)] = np.concatenate([known, found.cpu().numpy().astype(np.float64)])
+        return known[start:stop]

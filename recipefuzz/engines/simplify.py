@@ -1,0 +1,153 @@
+"""Fewer and cheaper calls in a recording, with the same results up to rounding.
+
+What vmap and autograd leave behind: aliases, reshapes to the same shape, products with one; sums of a product and a bias
+that one call can make; and softmaxes over a few classes, for which the CPU's kernel is slow.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch.utils._pytree import tree_map
+
+from recipefuzz.engines.capture import Call, Recording, Ref, aten, written
+
+FEW_CLASSES = 48  # under which a row does not fill the vectors of the CPU's softmax (measured: equal at about 64)
+
+ALIASES = (aten.detach.default, aten.alias.default, aten.lift_fresh.default)
+RESHAPES = (aten.view.default, aten._unsafe_view.default, aten.expand.default, aten.reshape.default)
+
+
+def simplified(recording: Recording, device: torch.device) -> Recording:
+    """The recording after all passes."""
+    recording = _without_unused(_without_copies(recording))
+    recording = _without_unused(_with_bias(recording))
+    return _small_softmax(recording) if device.type == "cpu" else recording
+
+
+def _without_copies(recording: Recording) -> Recording:
+    """Drop calls that give back their argument."""
+    touched = written(recording.calls)
+    shapes: dict[int, Any] = {}
+    same: dict[int, int] = {}
+    calls = []
+    for raw in recording.calls:
+        call = _renamed(raw, same)
+        out = call.outs[0] if call.whole else None
+        if out is not None and _gives_back(call, shapes) and out not in touched and call.args[0].index not in touched:
+            same[out] = call.args[0].index
+            shapes[out] = call.shapes[0]
+            continue
+        shapes |= {n: s for n, s in zip(call.outs, call.shapes, strict=True) if n is not None}
+        calls.append(call)
+    outputs = tuple(same.get(n, n) for n in recording.outputs)
+    return replace(recording, calls=tuple(calls), outputs=outputs)
+
+
+def _gives_back(call: Call, shapes: dict[int, Any]) -> bool:
+    if call.op in ALIASES:
+        return True
+    if call.op in RESHAPES:
+        return bool(shapes.get(call.args[0].index) == call.shapes[0])
+    return call.op is aten.mul.Scalar and call.args[1] == 1 and shapes.get(call.args[0].index) == call.shapes[0]
+
+
+def _renamed(call: Call, names: dict[int, int]) -> Call:
+    args, kwargs = tree_map(
+        lambda leaf: Ref(names.get(leaf.index, leaf.index)) if isinstance(leaf, Ref) else leaf, (call.args, call.kwargs)
+    )
+    return replace(call, args=args, kwargs=kwargs)
+
+
+def _without_unused(recording: Recording) -> Recording:
+    needed = {*recording.outputs, *range(recording.inputs), *recording.constants}
+    calls = []
+    for call in reversed(recording.calls):
+        if call.writes or any(n in needed for n in call.outs if n is not None):
+            needed.update(call.reads)
+            calls.append(call)
+    return replace(recording, calls=tuple(reversed(calls)))
+
+
+def _with_bias(recording: Recording) -> Recording:
+    """bias + bmm(a, b) in one call, where the product is used for nothing else."""
+    uses = Counter(n for call in recording.calls for n in call.reads) + Counter(recording.outputs)
+    products = {c.outs[0]: c for c in recording.calls if c.op is aten.bmm.default and uses[c.outs[0] or 0] == 1}
+    fused: set[int | None] = set()
+    calls = []
+    for call in recording.calls:
+        if call.op is aten.add.Tensor and not call.kwargs and all(isinstance(a, Ref) for a in call.args):
+            bias, product = call.args
+            if product.index not in products:
+                bias, product = product, bias
+            found = products.get(product.index)
+            if found is not None and found.shapes == call.shapes and bias.index != product.index:
+                fused.add(product.index)
+                calls.append(replace(call, op=aten.baddbmm.default, args=(bias, *found.args)))
+                continue
+        calls.append(call)
+    return replace(recording, calls=tuple(c for c in calls if not (c.op is aten.bmm.default and c.outs[0] in fused)))
+
+
+@dataclass
+class _Numbers:
+    """Fresh numbers for new tensors."""
+
+    last: int
+
+    def next(self) -> int:
+        self.last += 1
+        return self.last
+
+
+def _small_softmax(recording: Recording) -> Recording:
+    """Softmaxes over a short last dimension, written out."""
+    numbers = _Numbers(max((n for c in recording.calls for n in c.outs if n is not None), default=0) + recording.inputs)
+    rules: dict[Any, Callable[[Call, _Numbers], list[Call]]] = {
+        aten._log_softmax.default: _log_softmax,
+        aten._log_softmax_backward_data.default: _log_softmax_backward,
+    }
+    calls: list[Call] = []
+    for call in recording.calls:
+        short = call.op in rules and call.shapes[0] and _is_short(call.shapes[0], call.args)
+        calls += rules[call.op](call, numbers) if short else [call]
+    return replace(recording, calls=tuple(calls))
+
+
+def _is_short(shape: tuple[Any, ...], args: tuple[Any, ...]) -> bool:
+    dim = next(a for a in args if isinstance(a, int) and not isinstance(a, bool))
+    return dim % len(shape) == len(shape) - 1 and isinstance(shape[-1], int) and shape[-1] <= FEW_CLASSES
+
+
+def _call(op: Any, args: tuple[Any, ...], out: int, like: Call) -> Call:
+    return Call(op, args, {}, (out,), like.shapes[:1], True, like.sizes[:1])
+
+
+def _log_softmax(call: Call, numbers: _Numbers) -> list[Call]:
+    """x - max - log(sum(exp(x - max)))."""
+    x, out = call.args[0], call.outs[0] or 0
+    top, rest, exps, total, log = (numbers.next() for _ in range(5))
+    return [
+        _call(aten.amax.default, (x, [-1], True), top, call),
+        _call(aten.sub.Tensor, (x, Ref(top)), rest, call),
+        _call(aten.exp.default, (Ref(rest),), exps, call),
+        _call(aten.sum.dim_IntList, (Ref(exps), [-1], True), total, call),
+        _call(aten.log.default, (Ref(total),), log, call),
+        _call(aten.sub.Tensor, (Ref(rest), Ref(log)), out, call),
+    ]
+
+
+def _log_softmax_backward(call: Call, numbers: _Numbers) -> list[Call]:
+    """gradient - exp(log softmax) * sum(gradient)."""
+    gradient, output, out = call.args[0], call.args[1], call.outs[0] or 0
+    total, exps, product = (numbers.next() for _ in range(3))
+    return [
+        _call(aten.sum.dim_IntList, (gradient, [-1], True), total, call),
+        _call(aten.exp.default, (output,), exps, call),
+        _call(aten.mul.Tensor, (Ref(exps), Ref(total)), product, call),
+        _call(aten.sub.Tensor, (gradient, Ref(product)), out, call),
+    ]
