@@ -112,7 +112,7 @@ class RunConfig(_Section):
     """Where it runs. Nothing here changes a result, but for the rounding of another device."""
 
     device: str = "auto"
-    engine: Literal["auto", "sequential"] = "auto"
+    engine: Literal["auto", "sequential", "fused"] = "auto"
     workers: Annotated[Literal["auto"] | int, BeforeValidator(_workers)] = "auto"
     folder: str | None = None
 

@@ -53,7 +53,7 @@ def judge_recipes(
     rehearse(task, config, parsed[0])
     results: dict[int, TrialResult] = {}
     try:
-        _train(config, parsed, listener, results)
+        _train(config, task, parsed, listener, results)
     finally:
         done = sorted(results)
         judged = verdicts_frame(table.iloc[done], [results[i] for i in done])
@@ -97,9 +97,11 @@ def _recipe(config: Config, table: pd.DataFrame, axes: list[str], row: int, plac
     return config.recipe_of(values)
 
 
-def _train(config: Config, recipes: list[Recipe], listener: Listener, results: dict[int, TrialResult]) -> None:
+def _train(
+    config: Config, task: Task, recipes: list[Recipe], listener: Listener, results: dict[int, TrialResult]
+) -> None:
     """Fill `results` by row, as they finish."""
-    engine = open_engine(config, listener.say, most=len(recipes))
+    engine = open_engine(config, task, listener.say, most=len(recipes))
     listener.begin(Phase.SEARCH, (), len(recipes))
     try:
         for outcome in run(engine, [Job(i, recipe, config.trial.seed) for i, recipe in enumerate(recipes)]):

@@ -19,7 +19,7 @@ from recipefuzz import evidence
 from recipefuzz.config import Config, load_config, parse_config
 from recipefuzz.engines.job import Engine, Job, Outcome, run
 from recipefuzz.engines.rehearse import rehearse
-from recipefuzz.engines.select import ask_ahead, open_engine
+from recipefuzz.engines.select import ask_ahead, open_engine, pick_device
 from recipefuzz.errors import InputError, RunFailedError
 from recipefuzz.ranking import Ranked, candidates
 from recipefuzz.recipe import Recipe
@@ -31,6 +31,7 @@ from recipefuzz.run_folder import RunFolder, fingerprints, identity
 from recipefuzz.source import numbers_as_meant
 from recipefuzz.store import StudySearch, total
 from recipefuzz.targets.resolve import resolve, user_files
+from recipefuzz.targets.task import Task
 from recipefuzz.verdict import Budget
 
 if TYPE_CHECKING:
@@ -114,16 +115,16 @@ def search(
             place=config.source.place("space"),
             expected="at least one axis, such as space: {lr: {low: 1e-5, high: 10, log: true}}",
         )
-    window = ask_ahead(config)  # first of all: it knows whether the device is there
-    total(config.search, config.axes)  # and this whether a grid is too large
-    if abs(rehearse(resolve(config), config)) < evidence.TINY:
+    pick_device(config)  # first of all: whether the device is there,
+    total(config.search, config.axes)  # and whether a grid is too large
+    task = resolve(config)
+    if abs(rehearse(task, config)) < evidence.TINY:
         raise InputError(
             "a constant prediction already has loss 0: skill, which counts from it, can't be measured",
             place=config.source.place("target", "loss"),
             fix="look whether all training targets are the same, or add a constant to the loss",
         )
-    with _opened(config, window, fresh) as (folder, study):
-        engine = open_engine(config, listener.say)
+    with _opened(config, task, fresh, listener) as (folder, study, engine):
         try:
             _explore(config, study, engine, listener)
             _confirm(config, study, engine, listener)
@@ -131,8 +132,6 @@ def search(
             with contextlib.suppress(RunFailedError):  # a full disk: the first error is the one to show
                 _report(folder, config, study)
             raise
-        finally:
-            engine.close()
         return _report(folder, config, study)
 
 
@@ -150,14 +149,15 @@ def as_config(config: Config | dict[str, Any] | str | Path) -> Config:
 
 
 @contextmanager
-def _opened(config: Config, window: int, fresh: bool) -> Iterator[tuple[RunFolder, StudySearch]]:
+def _opened(
+    config: Config, task: Task, fresh: bool, listener: Listener
+) -> Iterator[tuple[RunFolder, StudySearch, Engine]]:
     folder = RunFolder.of(config)
     code = fingerprints(user_files(config))
-    store = folder.open(config, code, fresh=fresh)
-    try:
-        yield folder, store.begin(identity(config, code), config.axes, config.search, window)
-    finally:
-        store.close()
+    with contextlib.closing(folder.open(config, code, fresh=fresh)) as store:
+        with contextlib.closing(open_engine(config, task, listener.say)) as engine:
+            window = ask_ahead(config, engine)
+            yield folder, store.begin(identity(config, code), config.axes, config.search, window), engine
 
 
 def _explore(config: Config, study: StudySearch, engine: Engine, listener: Listener) -> None:

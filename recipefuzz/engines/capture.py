@@ -93,6 +93,11 @@ class Recording:
 
 
 class _Recorder(TorchDispatchMode):
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Dynamo never traces this; being skipped by it would import it, which takes a second."""
+        return False
+
     def __init__(self, inputs: Sequence[Tensor]) -> None:
         super().__init__()
         self.calls: list[Call] = []
@@ -124,7 +129,7 @@ class _Recorder(TorchDispatchMode):
             self.constants[self._new(tensor)] = tensor
         return self._numbers[id(tensor)]
 
-    def __torch_dispatch__(self, func: Op, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # noqa: ARG002
+    def __torch_dispatch__(self, func: Op, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func in READS:
             raise CannotCaptureError("it reads a tensor's value in Python (.item(), bool(), float(), torch.equal)")

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import time
 from collections import OrderedDict, deque
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,12 +21,12 @@ from torch import Tensor
 
 from recipefuzz.engines import prepare
 from recipefuzz.engines.baselines import Baselines
-from recipefuzz.engines.job import Job, Outcome
+from recipefuzz.engines.job import Job, Outcome, structure
 from recipefuzz.engines.lane_updates import FAMILIES
 from recipefuzz.engines.lanes import Lane, Lanes
 from recipefuzz.engines.lanewise import NotFusableError
 from recipefuzz.engines.probe import probed
-from recipefuzz.engines.program import Program, Start
+from recipefuzz.engines.program import Start
 from recipefuzz.engines.sequential import (
     HELDOUT_ROWS,
     SequentialEngine,
@@ -36,32 +36,15 @@ from recipefuzz.engines.sequential import (
     with_own_loss,
 )
 from recipefuzz.errors import RAISED
-from recipefuzz.recipe import Recipe
 from recipefuzz.targets.baseline import Constant
 from recipefuzz.targets.seeding import seeded
 from recipefuzz.targets.task import Task, TensorRows, some_rows
 from recipefuzz.trace import Floats
 from recipefuzz.verdict import Budget, judge
 
-LANES = 32  # where nothing was measured: on a CPU more than 16 to 64 bring nothing, and cost its caches
 KEPT_STARTS = 64  # initial weights that are kept: a search has one set for each structure
 ROOM = 0.25  # share of the lanes that must be free before new ones are let in: those that start together stay in step
 EVALUATED_ROWS = 512  # as in sequential.evaluate
-
-Structure = tuple[Any, ...]
-
-
-def structure(recipe: Recipe) -> Structure:
-    """What of a recipe decides which program trains it."""
-    return (
-        recipe.norm,
-        FAMILIES[recipe.optimizer],
-        recipe.precision,
-        recipe.batch_size,
-        recipe.input_norm,
-        recipe.target_norm,
-        recipe.extra,
-    )
 
 
 @dataclass
@@ -85,19 +68,20 @@ class FusedEngine:
     exception of one recipe is that recipe's own.
 
     Args:
+        alone: trains what can't be fused.
         lanes: of one program at most.
     """
 
-    def __init__(self, task: Task, budget: Budget, device: torch.device, lanes: int = LANES) -> None:
+    def __init__(self, task: Task, budget: Budget, device: torch.device, alone: SequentialEngine, lanes: int) -> None:
         self._task, self._budget = with_own_loss(task, device), budget
-        self._device, self._most = device, lanes
-        self._alone = SequentialEngine(task, budget, device)
+        self._device, self.lanes = device, lanes
+        self._alone = alone
         self._baselines = Baselines(task, device)
-        self._groups: dict[Structure, _Group] = {}
+        self._groups: dict[Hashable, _Group] = {}
         self._apart: deque[Job] = deque()
         self._starts: OrderedDict[Any, Start] = OrderedDict()
         self._orders: dict[tuple[int, int], _Order] = {}
-        self.reasons: dict[Structure, str] = {}  # why a structure is not fused
+        self.reasons: dict[Hashable, str] = {}  # why a structure is not fused
 
     def submit(self, job: Job) -> None:
         key = structure(job.recipe)
@@ -134,8 +118,8 @@ class FusedEngine:
         except NotFusableError as error:
             self.reasons[key] = str(error)
         except RAISED as error:
-            if is_lack_of_memory(error) and self._most > 1:
-                self._most = max(1, min(self._most, len(group.lanes.lanes) if group.lanes else self._most) // 2)
+            if is_lack_of_memory(error) and self.lanes > 1:
+                self.lanes = max(1, min(self.lanes, len(group.lanes.lanes) if group.lanes else self.lanes) // 2)
                 self._restart(group)
                 return []
             if not group.lanes:  # before the first step: it is the structure's, not a recipe's
@@ -198,8 +182,8 @@ class FusedEngine:
     def _let_in(self, group: _Group) -> None:
         assert group.lanes is not None
         lanes = group.lanes.lanes
-        free = self._most - len(lanes)
-        if not group.waiting or (lanes and free < ROOM * self._most):
+        free = self.lanes - len(lanes)
+        if not group.waiting or (lanes and free < ROOM * self.lanes):
             return
         new = [group.waiting.popleft() for _ in range(min(free, len(group.waiting)))]
         group.lanes.replace(range(len(lanes)), new, [self._start_of(job) for job in new])
@@ -252,8 +236,8 @@ class FusedEngine:
         numbers = lane.take()
         start = lane.done - len(numbers)
         constants = self._order(lane.job).constants(self._task, group, start, lane.done)
-        loss, gradient, largest = numbers[:, 0], numbers[:, 1], numbers[:, 6]
-        bad = ~np.isfinite(loss) | ~np.isfinite(largest) | np.isnan(gradient)
+        loss, gradient, broken = numbers[:, 0], numbers[:, 1], numbers[:, 6]
+        bad = ~np.isfinite(loss) | np.isnan(broken) | np.isnan(gradient)
         return np.column_stack([loss, constants, numbers[:, 1:6], bad])
 
 
@@ -282,5 +266,7 @@ class _Order:
             if found is None:
                 targets = (group.lanes.rows.take(batch)[1] for batch in index.to(group.lanes.rows.index_device))
                 found = torch.stack([group.constant.of_targets(task, y, len(y)).float() for y in targets])
-            known = self._constants[id(group.constant)] = np.concatenate([known, found.cpu().numpy().astype(np.float64)])
+            known = self._constants[id(group.constant)] = np.concatenate(
+                [known, found.cpu().numpy().astype(np.float64)]
+            )
         return known[start:stop]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Hashable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -44,8 +44,23 @@ class Outcome:
     seconds: float = 0.0
 
 
+def structure(recipe: Recipe) -> Hashable:
+    """What of a recipe decides which operations are launched: lanes of one program are alike in it.
+
+    Optimizers of one family (see `lane_updates`) differ in numbers only.
+    """
+    family = {"momentum": "sgd", "adamw": "adam"}.get(recipe.optimizer, recipe.optimizer)
+    scaling = (recipe.input_norm, recipe.target_norm)
+    return (recipe.norm, family, recipe.precision, recipe.batch_size, scaling, recipe.extra)
+
+
 class Engine(Protocol):
     """Trains jobs, many at a time. Jobs may be submitted while others are under way."""
+
+    @property
+    def lanes(self) -> int:
+        """Trials that are trained side by side in each process; 0 where it is one by one."""
+        ...
 
     def submit(self, job: Job) -> None: ...
 

@@ -26,7 +26,7 @@ from recipefuzz.targets.task import TensorRows
 from recipefuzz.trace import Floats, Trace
 
 CLIP_EPS = 1e-6  # as in torch.nn.utils.clip_grads_with_norm_
-RECORDED = 7  # loss; norms of gradient, update, weights' change, weights, parameters; the largest parameter
+RECORDED = 7  # loss; norms of gradient, update, weights' change, weights, parameters; NaN if a parameter is not finite
 
 
 @dataclass
@@ -62,6 +62,7 @@ class Lanes:
         self.lanes: list[Lane] = []
         self._flat = self._spare = torch.zeros(0, program.layout.size, device=device)
         self._frozen: list[Tensor] = []
+        self._zeros = torch.zeros(program.layout.size, device=device)
         self._update = LaneUpdate(family, program.layout.size, program.used(), device)
         self._scales = torch.zeros(0, 1, device=device) if half else None
         self._clean = torch.zeros(0, 1, device=device)
@@ -137,8 +138,8 @@ class Lanes:
         if overflow is not None and before is not None:
             self._take_back(overflow, before)
         weights_moved, moved = self._norms(torch.sub(self._spare, self._flat, out=gradient))
-        largest = vector_norm(self._spare, math.inf, dim=1)
-        torch.stack([losses.float(), norm[:, 0], moved, weights_moved, *self._sizes, largest], out=recorded)
+        broken = torch.mv(self._spare, self._zeros)  # a maximum would take thirty times as long on a CPU
+        torch.stack([losses.float(), norm[:, 0], moved, weights_moved, *self._sizes, broken], out=recorded)
         self._sizes = self._norms(self._spare)
         self._flat, self._spare = self._spare, self._flat
         self._views.reverse()
@@ -155,7 +156,7 @@ class Lanes:
         """As `LossScaler.unscale`, lane by lane; whether each overflowed, (lanes, 1)."""
         assert self._scales is not None
         gradient.div_(self._scales)
-        overflow = ~torch.isfinite(vector_norm(gradient, math.inf, dim=1, keepdim=True))
+        overflow = torch.isnan(torch.mv(gradient, self._zeros))[:, None]
         instead = torch.where(self._scales <= 1, torch.nan, 0.0)
         gradient.copy_(torch.where(overflow, instead, gradient))
         return overflow

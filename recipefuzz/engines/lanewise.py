@@ -24,7 +24,7 @@ class LanewiseForms(TorchFunctionMode):
     """Calls of the operations above go to their lane-wise forms."""
 
     def __torch_function__(
-        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None  # noqa: ARG002
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         form = FORMS.get(func, func)
         return form(*args, **(kwargs or {}))
@@ -32,9 +32,7 @@ class LanewiseForms(TorchFunctionMode):
 
 def _lanes_first(values: Sequence[Tensor], dims: Sequence[int | None], lanes: int) -> list[Tensor]:
     """Tensors with their lanes in front; those that are the same for all lanes, expanded."""
-    return [
-        v.expand(lanes, *v.shape) if d is None else v.movedim(d, 0) for v, d in zip(values, dims, strict=True)
-    ]
+    return [v.expand(lanes, *v.shape) if d is None else v.movedim(d, 0) for v, d in zip(values, dims, strict=True)]
 
 
 class _Attention(torch.autograd.Function):
@@ -73,7 +71,9 @@ def _attention(
     enable_gqa: bool = False,
 ) -> Tensor:
     if dropout_p or enable_gqa or query.dim() < 3:
-        raise NotFusableError("scaled_dot_product_attention with dropout, grouped queries or no batch has no lane-wise form")
+        raise NotFusableError(
+            "scaled_dot_product_attention with dropout, grouped queries or no batch has no lane-wise form"
+        )
     return _Attention.apply(query, key, value, attn_mask, is_causal, scale)  # type: ignore[no-any-return, no-untyped-call]
 
 

@@ -1,7 +1,8 @@
-"""A pool of worker processes, each running the sequential engine on one thread.
+"""A pool of worker processes, each running one of the other engines on one thread.
 
-A worker that dies (out of memory, a crash in native code) or hangs costs its own trial and nothing else: the standard
-library's ProcessPoolExecutor would give up every trial under way. Workers leave by themselves when the parent is gone.
+A worker that dies (out of memory, a crash in native code) or hangs costs the trial that did it and nothing else: the
+standard library's ProcessPoolExecutor would give up every trial under way. Where several were under way in lanes, each
+is run again by itself, and the one that does it again is found. Workers leave by themselves when the parent is gone.
 """
 
 from __future__ import annotations
@@ -13,8 +14,8 @@ import signal
 import sys
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Hashable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from multiprocessing import forkserver, util
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
@@ -22,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from recipefuzz.config import Config
-from recipefuzz.engines.job import Job, Outcome
+from recipefuzz.engines.job import Job, Outcome, structure
 from recipefuzz.errors import RecipefuzzError, RunFailedError
 from recipefuzz.trace import Trace
 from recipefuzz.verdict import Budget
@@ -39,12 +40,13 @@ class _Worker:
     process: BaseProcess
     pipe: Connection
     ready: bool = False
-    job: Job | None = None
-    since: float = 0.0
+    jobs: dict[tuple[int, int], Job] = field(default_factory=dict)
+    alone: bool = False  # with its one job
+    since: float = 0.0  # when it was last handed a job, or gave an outcome
 
 
 class PoolEngine:
-    """Workers on one machine; jobs go to whichever is free.
+    """Workers on one machine; jobs go to whichever is free, and jobs of one structure to the same worker.
 
     Args:
         config: every worker loads the target from it by itself.
@@ -56,13 +58,31 @@ class PoolEngine:
         self._config, self._budget, self._timeout = config, budget, timeout
         warm_up(config.folder)
         self._devices = devices
-        self._waiting: deque[Job] = deque()
+        self.lanes = 0
+        self._told = False
+        self._waiting: dict[Hashable, deque[Job]] = {}
+        self._suspects: deque[Job] = deque()
         self._workers: dict[int, _Worker] = {}
         # multiprocessing waits at exit for processes that are not daemons: these would wait for jobs for ever. A plain
         # atexit or weakref.finalize may come after that wait
         util.Finalize(self, _end_all, args=(self._workers,), exitpriority=0)
         for slot in range(len(devices)):
             self._workers[slot] = self._start(slot)
+
+    def use(self, lanes: int) -> None:
+        """Train with the fused engine in so many lanes a worker, or with the sequential engine (0).
+
+        Workers start before it is known: they take as long to start as the measuring that tells it.
+        """
+        self.lanes, self._told = lanes, True
+        for worker in self._workers.values():
+            with contextlib.suppress(OSError):
+                worker.pipe.send(lanes)
+
+    @property
+    def _room(self) -> int:
+        """Jobs that a worker holds at most: with lanes, some that wait for the next that is free."""
+        return self.lanes + max(1, self.lanes // 4)
 
     def _start(self, slot: int) -> _Worker:
         ours, theirs = _CONTEXT.Pipe()
@@ -72,18 +92,50 @@ class PoolEngine:
         with _apart_from_users_code(self._config.folder):
             process.start()
         theirs.close()
+        if self._told:
+            ours.send(self.lanes)
         return _Worker(process, ours, since=time.monotonic())
 
     def submit(self, job: Job) -> None:
-        self._waiting.append(job)
-        self._hand_out()
+        self._waiting.setdefault(structure(job.recipe), deque()).append(job)
 
     def _hand_out(self) -> None:
         for worker in self._workers.values():
-            if self._waiting and worker.ready and worker.job is None:
-                with contextlib.suppress(OSError):  # it died between two trials: seen in collect, and costs none
-                    worker.pipe.send(self._waiting[0])
-                    worker.job, worker.since = self._waiting.popleft(), time.monotonic()
+            if not worker.ready or worker.alone:
+                continue
+            if self._suspects and not worker.jobs:
+                self._give(worker, [self._suspects.popleft()], alone=True)
+            elif not self._suspects:
+                self._fill(worker)
+
+    def _fill(self, worker: _Worker) -> None:
+        """As many jobs as it has room for, of the structures that it has in training first."""
+        free = self._room - len(worker.jobs)
+        if free < self.lanes // 4 and worker.jobs:
+            return
+        own = {structure(job.recipe) for job in worker.jobs.values()}
+        jobs: list[Job] = []
+        for key in sorted(self._waiting, key=lambda k: (k not in own, -len(self._waiting[k]))):
+            while self._waiting[key] and len(jobs) < free:
+                jobs.append(self._waiting[key].popleft())
+        if jobs:
+            self._give(worker, jobs)
+
+    def _give(self, worker: _Worker, jobs: list[Job], *, alone: bool = False) -> None:
+        try:
+            worker.pipe.send((jobs, alone))
+        except OSError:  # it died between two trials: seen in collect, and costs none
+            self._take_back(jobs, alone=alone)
+            return
+        worker.jobs |= {(job.key, job.seed): job for job in jobs}
+        worker.alone, worker.since = alone, time.monotonic()
+
+    def _take_back(self, jobs: Iterable[Job], *, alone: bool) -> None:
+        if alone:
+            self._suspects.extendleft(jobs)
+            return
+        for job in jobs:
+            self._waiting.setdefault(structure(job.recipe), deque()).appendleft(job)
 
     def collect(self) -> list[Outcome]:
         """Wait for outcomes.
@@ -91,17 +143,18 @@ class PoolEngine:
         Raises:
             RunFailedError: a worker can't be started.
         """
-        while self._waiting or any(w.job for w in self._workers.values()):
+        self._hand_out()
+        while self._suspects or any(self._waiting.values()) or any(w.jobs for w in self._workers.values()):
             # a pipe tells of no death while a process that the user's code forked holds its other end
             ends = [end for w in self._workers.values() for end in (w.pipe, w.process.sentinel)]
             ready = wait(ends, timeout=POLL_SECONDS)
-            outcomes = [o for slot in list(self._workers) if (o := self._check(slot, ready)) is not None]
-            self._hand_out()
+            outcomes = [outcome for slot in list(self._workers) for outcome in self._check(slot, ready)]
             if outcomes:
                 return outcomes
+            self._hand_out()
         return []
 
-    def _check(self, slot: int, ready: Sequence[object]) -> Outcome | None:
+    def _check(self, slot: int, ready: Sequence[object]) -> list[Outcome]:
         worker = self._workers[slot]
         if worker.pipe in ready:
             try:
@@ -111,42 +164,46 @@ class PoolEngine:
                 return self._replace(slot, died(worker.process.exitcode))
         if worker.process.exitcode is not None:
             # what it sent just before it ended is read in the next round
-            return None if worker.pipe.poll() else self._replace(slot, died(worker.process.exitcode))
-        if worker.job and self._timeout and time.monotonic() - worker.since > self._timeout:
+            return [] if worker.pipe.poll() else self._replace(slot, died(worker.process.exitcode))
+        if worker.jobs and self._timeout and time.monotonic() - worker.since > self._timeout:
             return self._replace(slot, f"timeout: not done after {self._timeout:g} s (trial.timeout)")
         if not worker.ready and time.monotonic() - worker.since > START_SECONDS:
             raise RunFailedError(f"a worker process did not start within {START_SECONDS:g} s")
-        return None
+        return []
 
-    def _receive(self, slot: int) -> Outcome | None:
+    def _receive(self, slot: int) -> list[Outcome]:
         worker = self._workers[slot]
         message = worker.pipe.recv()
         if isinstance(message, RecipefuzzError):
             raise message
         if not worker.ready:
             worker.ready = True
-            return None
-        worker.job = None
-        outcome, leaves = message
-        assert isinstance(outcome, Outcome)
+            return []
+        outcomes, leaves = message
+        for outcome in outcomes:
+            del worker.jobs[outcome.job.key, outcome.job.seed]
+        worker.alone, worker.since = False, time.monotonic()
         if leaves:  # at once, before it is handed a job that it won't read
-            self._replace(slot, "")
-        return outcome
+            outcomes = [*outcomes, *self._replace(slot, "")]
+        return list(outcomes)
 
-    def _replace(self, slot: int, reason: str) -> Outcome | None:
+    def _replace(self, slot: int, reason: str) -> list[Outcome]:
+        """Start another worker. Of one job it is known that it was that one; of several, each is tried by itself."""
         worker = self._workers[slot]
         _end(worker)
-        if worker.job is None:
-            if not worker.ready:
-                raise RunFailedError(f"a worker process ended while starting: {reason}")
-            self._workers[slot] = self._start(slot)
-            return None
+        if not worker.ready:
+            raise RunFailedError(f"a worker process ended while starting: {reason}")
         self._workers[slot] = self._start(slot)
-        return Outcome(worker.job, Trace(), None, error=reason, seconds=time.monotonic() - worker.since)
+        if len(worker.jobs) == 1 and (worker.alone or not self.lanes):
+            (job,) = worker.jobs.values()
+            return [Outcome(job, Trace(), None, error=reason, seconds=time.monotonic() - worker.since)]
+        self._suspects.extend(worker.jobs.values())
+        return []
 
     def close(self) -> None:
         _end_all(self._workers)
         self._waiting.clear()
+        self._suspects.clear()
 
 
 def died(exitcode: int | None) -> str:
@@ -185,8 +242,7 @@ def warm_up(folder: Path | None = None) -> None:
         folder: the config's, if it may be on `sys.path` already.
     """
     if _METHOD == "forkserver":
-        # torch's optimizers import torch._dynamo at their first step: a second, once instead of in each worker
-        _CONTEXT.set_forkserver_preload(["recipefuzz.engines.worker", "torch._dynamo"])
+        _CONTEXT.set_forkserver_preload(["recipefuzz.engines.worker"])
         with _apart_from_users_code(folder):
             forkserver.ensure_running()
 

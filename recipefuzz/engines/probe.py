@@ -47,7 +47,8 @@ def probed(task: Task, recipe: Recipe, rows: Rows, device: torch.device) -> Prog
         except RAISED as error:
             raise NotFusableError(_said(error)) from error
         mine = [losses[LANE], *(g[LANE] for g in gradients)]
-        _compare(mine, _alone(program, task, recipe, alone, x[LANE], y[LANE]), recipe)
+        ordered = [dict(alone.named_parameters())[n] for n in program.layout.names]
+        _compare(mine, plain_step(task, recipe, alone, x[LANE], y[LANE], ordered), recipe)
         trained = trained - RATE * torch.cat([g.reshape(lanes, -1) for g in gradients], dim=1)
         with contextlib.suppress(CannotCaptureError):
             program.capture(trained, frozen, x, y, scale)
@@ -60,16 +61,20 @@ def _model(task: Task, recipe: Recipe, device: torch.device) -> nn.Module:
         return prepare.build_model(task, recipe.but(init_scale=1.0), device)
 
 
-def _alone(program: Program, task: Task, recipe: Recipe, model: nn.Module, x: Tensor, y: Tensor) -> list[Tensor]:
-    """Loss and gradients of one plain step, which is then made."""
-    parameters = dict(model.named_parameters())
-    ordered = [parameters[n] for n in program.layout.names]
+def plain_step(
+    task: Task, recipe: Recipe, model: nn.Module, x: Tensor, y: Tensor, ordered: list[nn.Parameter] | None = None
+) -> list[Tensor]:
+    """Loss and gradients of one step of gradient descent, which is then made.
+
+    An optimizer of torch.optim would import torch._dynamo, which takes as long as a small search.
+    """
+    parameters = prepare.trainable(model) if ordered is None else ordered
     with prepare.autocast(recipe, x.device):
         loss = task.loss(model(x), y)
-    found = torch.autograd.grad(loss.float(), ordered, allow_unused=True)
-    gradients = [torch.zeros_like(p) if g is None else g for p, g in zip(ordered, found, strict=True)]
+    found = torch.autograd.grad(loss.float(), parameters, allow_unused=True)
+    gradients = [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, found, strict=True)]
     with torch.no_grad():
-        for parameter, gradient in zip(ordered, gradients, strict=True):
+        for parameter, gradient in zip(parameters, gradients, strict=True):
             parameter.sub_(RATE * gradient)
     return [loss.detach().reshape(()), *gradients]
 
@@ -83,6 +88,6 @@ def _compare(lane: list[Tensor], alone: list[Tensor], recipe: Recipe) -> None:
 
 
 def _said(error: BaseException) -> str:
-    """vmap's own messages name what it can't do, after which they advise those who call vmap."""
+    """Vmap's own messages name what it can't do, after which they advise those who call vmap."""
     first = str(error).strip().partition("\n")[0].partition(". ")[0]
     return f"{type(error).__name__}: {first}" if not isinstance(error, NotFusableError) else str(error)

@@ -178,4 +178,3 @@ class Program:
                 return vmap(lane_loss)(list(trained), list(frozen))
         finally:
             self._model.train()
-

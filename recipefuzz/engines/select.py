@@ -8,45 +8,62 @@ from collections.abc import Callable
 import torch
 
 from recipefuzz.config import Config
+from recipefuzz.engines.fused import FusedEngine
 from recipefuzz.engines.job import Engine
+from recipefuzz.engines.plan import planned
 from recipefuzz.engines.pool import PoolEngine, cores
 from recipefuzz.engines.sequential import SequentialEngine
 from recipefuzz.errors import InputError
-from recipefuzz.targets.resolve import resolve
+from recipefuzz.targets.task import Task
 from recipefuzz.verdict import Budget
 
+# for each worker: not the lanes that were measured, which differ from run to run, since the trials depend on it
+AHEAD = 64
 
-def open_engine(config: Config, say: Callable[[str], None], most: int | None = None) -> Engine:
-    """The engine that the config asks for; `say` gets one line about what was picked.
+
+def open_engine(config: Config, task: Task, say: Callable[[str], None], most: int | None = None) -> Engine:
+    """The engine that suits the config's model on this machine; `say` gets one line about what was picked, and why.
 
     Args:
         most: trials there will be at most: no more workers than that.
 
     Raises:
-        InputError: a device that this machine does not have.
+        InputError: a device that this machine does not have; `engine: fused` for a model that can't be.
     """
     device = pick_device(config)
     budget = Budget(config.trial.steps, config.trial.extend)
-    if config.run.workers == 0:
-        say(f"training in this process on {device}")
-        return SequentialEngine(resolve(config), budget, torch.device(device))
     devices = worker_devices(device, config.run.workers)
     if most is not None:
         devices = devices[: max(1, most)]
-    workers = "1 worker process" if len(devices) == 1 else f"{len(devices)} worker processes"
-    say(f"sequential engine, {workers} on {device}")
-    return PoolEngine(config, budget, devices, config.trial.timeout)
+    pool = PoolEngine(config, budget, devices, config.trial.timeout) if devices else None
+    try:
+        plan = planned(config, task, config.default_recipe(), torch.device(device), len(devices))
+    except BaseException:
+        if pool:
+            pool.close()
+        raise
+    where = f"{len(devices)} worker process{'es' if len(devices) > 1 else ''}" if devices else "this process"
+    lanes = f" of {plan.lanes} lanes" if plan.lanes else ""
+    say(f"{plan.engine} engine{lanes}, {where} on {device}: {plan.why}")
+    if pool:
+        pool.use(plan.lanes)
+        return pool
+    alone = SequentialEngine(task, budget, torch.device(device))
+    return FusedEngine(task, budget, torch.device(device), alone, plan.lanes) if plan.lanes else alone
 
 
-def ask_ahead(config: Config) -> int:
-    """Recipes to ask for ahead of results: enough that no worker waits, as few as that allows.
+def ask_ahead(config: Config, engine: Engine) -> int:
+    """Recipes to ask for ahead of results: enough that no lane waits, as few as that allows.
 
     What the sampler has not seen it can't learn from: on a synthetic space where 72 % of the recipes fail, 60
-    trials of tpe failed in 39 % with 4 recipes ahead, in 52 % with 16 (see tests/test_store.py).
+    trials of tpe failed in 39 % with 4 recipes ahead, in 52 % with 16 (see tests/test_store.py). So lanes get a
+    quarter of the search at most.
     """
     if isinstance(config.search.window, int):
         return config.search.window
-    return max(4, 2 * len(worker_devices(pick_device(config), config.run.workers)))
+    workers = max(1, len(worker_devices(pick_device(config), config.run.workers)))
+    least = max(4, 2 * workers)
+    return max(least, min(config.search.trials // 4, AHEAD * workers)) if engine.lanes else least
 
 
 def pick_device(config: Config) -> str:

@@ -164,6 +164,8 @@ def with_own_loss(task: Task, device: torch.device) -> Task:
 class SequentialEngine:
     """Trains jobs one after the other in this very process: for debugging, and for the processes of the pool."""
 
+    lanes = 0
+
     def __init__(self, task: Task, budget: Budget, device: torch.device) -> None:
         self._task, self._budget, self._device = task, budget, device
         self._baselines = Baselines(task, device)
@@ -173,8 +175,16 @@ class SequentialEngine:
     def submit(self, job: Job) -> None:
         self._waiting.append(job)
 
-    def collect(self) -> list[Outcome]:
+    @property
+    def load(self) -> int:
+        """Jobs that are not done."""
+        return len(self._waiting)
+
+    def advance(self) -> list[Outcome]:
+        """Train the next job."""
         return [self.train(self._waiting.popleft())] if self._waiting else []
+
+    collect = advance
 
     def close(self) -> None:
         self._waiting.clear()

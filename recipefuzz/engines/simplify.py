@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -22,9 +22,21 @@ ALIASES = (aten.detach.default, aten.alias.default, aten.lift_fresh.default)
 RESHAPES = (aten.view.default, aten._unsafe_view.default, aten.expand.default, aten.reshape.default)
 
 
+class _Numbers:
+    """Fresh numbers for new tensors."""
+
+    def __init__(self, recording: Recording) -> None:
+        known = [n for c in recording.calls for n in (*c.outs, *c.reads) if n is not None]
+        self._last = max(known, default=0) + recording.inputs
+
+    def next(self) -> int:
+        self._last += 1
+        return self._last
+
+
 def simplified(recording: Recording, device: torch.device) -> Recording:
     """The recording after all passes."""
-    recording = _without_unused(_without_copies(recording))
+    recording = _without_unused(_turned_products(_without_copies(recording)))
     recording = _without_unused(_with_bias(recording))
     return _small_softmax(recording) if device.type == "cpu" else recording
 
@@ -73,10 +85,39 @@ def _without_unused(recording: Recording) -> Recording:
     return replace(recording, calls=tuple(reversed(calls)))
 
 
+def _turned_products(recording: Recording) -> Recording:
+    """(a b)^T as b^T a^T: gradients of linear layers then lie in memory as their weights do."""
+    uses = _uses(recording)
+    made = {c.outs[0]: c for c in recording.calls if c.whole}
+    numbers = _Numbers(recording)
+    calls: list[Call] = []
+    for call in recording.calls:
+        product = made.get(call.args[0].index) if call.op is aten.transpose.int and call.args[1:] == (1, 2) else None
+        if product is None or product.op is not aten.bmm.default or uses[product.outs[0]] != 1:
+            calls.append(call)
+            continue
+        sides = []
+        for side in reversed(product.args):
+            origin = made.get(side.index)
+            if origin is not None and origin.op is aten.transpose.int and origin.args[1:] == (1, 2):
+                sides.append(origin.args[0])
+                continue
+            sides.append(Ref(numbers.next()))
+            shape = origin.shapes[0] if origin is not None else call.shapes[0]
+            turned = replace(call, args=(side, 1, 2), outs=(sides[-1].index,), shapes=((shape[0], *shape[:0:-1]),))
+            calls.append(turned)
+        calls.append(replace(product, args=tuple(sides), outs=call.outs, shapes=call.shapes))
+    return replace(recording, calls=tuple(calls))
+
+
+def _uses(recording: Recording) -> Counter[int | None]:
+    return Counter(n for call in recording.calls for n in call.reads) + Counter(recording.outputs)
+
+
 def _with_bias(recording: Recording) -> Recording:
-    """bias + bmm(a, b) in one call, where the product is used for nothing else."""
-    uses = Counter(n for call in recording.calls for n in call.reads) + Counter(recording.outputs)
-    products = {c.outs[0]: c for c in recording.calls if c.op is aten.bmm.default and uses[c.outs[0] or 0] == 1}
+    """Bias + bmm(a, b) in one call, where the product is used for nothing else."""
+    uses = _uses(recording)
+    products = {c.outs[0]: c for c in recording.calls if c.op is aten.bmm.default and uses[c.outs[0]] == 1}
     fused: set[int | None] = set()
     calls = []
     for call in recording.calls:
@@ -93,20 +134,9 @@ def _with_bias(recording: Recording) -> Recording:
     return replace(recording, calls=tuple(c for c in calls if not (c.op is aten.bmm.default and c.outs[0] in fused)))
 
 
-@dataclass
-class _Numbers:
-    """Fresh numbers for new tensors."""
-
-    last: int
-
-    def next(self) -> int:
-        self.last += 1
-        return self.last
-
-
 def _small_softmax(recording: Recording) -> Recording:
     """Softmaxes over a short last dimension, written out."""
-    numbers = _Numbers(max((n for c in recording.calls for n in c.outs if n is not None), default=0) + recording.inputs)
+    numbers = _Numbers(recording)
     rules: dict[Any, Callable[[Call, _Numbers], list[Call]]] = {
         aten._log_softmax.default: _log_softmax,
         aten._log_softmax_backward_data.default: _log_softmax_backward,
@@ -128,7 +158,7 @@ def _call(op: Any, args: tuple[Any, ...], out: int, like: Call) -> Call:
 
 
 def _log_softmax(call: Call, numbers: _Numbers) -> list[Call]:
-    """x - max - log(sum(exp(x - max)))."""
+    """X - max - log(sum(exp(x - max)))."""
     x, out = call.args[0], call.outs[0] or 0
     top, rest, exps, total, log = (numbers.next() for _ in range(5))
     return [
@@ -142,7 +172,7 @@ def _log_softmax(call: Call, numbers: _Numbers) -> list[Call]:
 
 
 def _log_softmax_backward(call: Call, numbers: _Numbers) -> list[Call]:
-    """gradient - exp(log softmax) * sum(gradient)."""
+    """Gradient - exp(log softmax) * sum(gradient)."""
     gradient, output, out = call.args[0], call.args[1], call.outs[0] or 0
     total, exps, product = (numbers.next() for _ in range(3))
     return [

@@ -1,0 +1,112 @@
+"""How a study is trained: which engine, with how many lanes; measured on its own model before the search starts."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from recipefuzz.config import Config
+from recipefuzz.engines import prepare
+from recipefuzz.engines.job import Job
+from recipefuzz.engines.lane_updates import FAMILIES
+from recipefuzz.engines.lanes import Lanes
+from recipefuzz.engines.lanewise import NotFusableError
+from recipefuzz.engines.memory import lanes_that_fit
+from recipefuzz.engines.probe import plain_step, probed
+from recipefuzz.engines.program import Start
+from recipefuzz.engines.sequential import flushed_denormals, one_thread
+from recipefuzz.errors import InputError
+from recipefuzz.recipe import Recipe
+from recipefuzz.targets.seeding import seeded
+from recipefuzz.targets.task import Task, TensorRows
+
+TRIED_LANES = (8, 16, 32, 64)
+BETTER = 0.95  # of the time a lane took before, that more lanes must save to be worth what they cost the sampler
+WORTH_IT = 0.95  # of a sequential step's time, over which a lane's step is no gain beyond noise
+REPEATS = 3  # the least time counts: other processes only ever add to it
+LONG = 2.0  # seconds that the measuring may take; then the best so far is taken
+
+
+@dataclass(frozen=True)
+class Plan:
+    """An engine, and for the fused one its lanes in each process; `why` is what users are told.
+
+    Attributes:
+        lanes: 0 for the sequential engine.
+    """
+
+    lanes: int
+    why: str
+
+    @property
+    def engine(self) -> str:
+        return "fused" if self.lanes else "sequential"
+
+
+def planned(config: Config, task: Task, recipe: Recipe, device: torch.device, processes: int) -> Plan:
+    """The plan for a config.
+
+    Args:
+        recipe: that is measured: the default recipe.
+        processes: that will share the machine's memory.
+
+    Raises:
+        InputError: `engine: fused`, and the model can't be fused.
+    """
+    if config.run.engine == "sequential":
+        return Plan(0, "as run.engine says")
+    try:
+        with one_thread(), flushed_denormals(), seeded(config.trial.seed, device):
+            plan = _measured(task, recipe, device, processes)
+    except NotFusableError as error:
+        if config.run.engine == "fused":
+            raise InputError(
+                f"this target can't be fused: {error}",
+                place=config.source.place("run", "engine"),
+                fix="engine: auto takes the sequential engine for it",
+            ) from error
+        return Plan(0, f"it can't be fused: {error}")
+    if config.run.engine == "fused" and not plan.lanes:
+        return Plan(TRIED_LANES[0], f"as run.engine says, though {plan.why}")
+    return plan
+
+
+def _measured(task: Task, recipe: Recipe, device: torch.device, processes: int) -> Plan:
+    with seeded(0, device):
+        rows = prepare.rows_for(task, recipe)[0].to(device)
+    if not isinstance(rows, TensorRows):
+        raise NotFusableError("its rows come one by one from a Dataset: return tensors where they fit in memory")
+    program = probed(task, recipe, rows, device)
+    model = prepare.build_model(task, recipe, device)
+    order = prepare.BatchOrder(len(rows), recipe.batch_size, 0).draw(4, rows.index_device)
+    alone = _least(lambda: plain_step(task, recipe, model, *rows.take(order[0])), device)
+    fits = lanes_that_fit(program.bytes_per_lane, program.layout.size, device, processes)
+    best, lanes, started = float("inf"), 0, time.perf_counter()
+    for tried in TRIED_LANES:
+        if tried > max(fits, TRIED_LANES[0]) or time.perf_counter() - started > LONG:
+            break
+        many = Lanes(program, rows, FAMILIES[recipe.optimizer], recipe.precision == "fp16", device)
+        many.replace([], [Job(i, recipe, 0) for i in range(tried)], [Start.of(model)] * tried)
+        each = _least(lambda m=many: m.run(2, lambda _, start, stop: order[:2]), device) / 2 / tried  # type: ignore[misc] # noqa: ARG005
+        if each > BETTER * best:
+            break
+        best, lanes = each, tried
+    gain = f"{alone / best:.1f} times as fast as one by one"
+    if best > WORTH_IT * alone:
+        return Plan(0, f"in {lanes} lanes a step would be {gain}")
+    return Plan(min(lanes, fits), f"a step of {lanes} lanes is {gain}")
+
+
+def _least(call: Callable[[], object], device: torch.device) -> float:
+    """Least seconds of some calls, the first not counted."""
+    times = []
+    for _ in range(1 + REPEATS):
+        started = time.perf_counter()
+        call()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        times.append(time.perf_counter() - started)
+    return min(times[1:])
