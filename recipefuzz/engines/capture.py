@@ -229,7 +229,7 @@ def compiled_source(recording: Recording) -> tuple[str, dict[str, Any]]:
 
     for i, call in enumerate(recording.calls):
         op = ops.setdefault(call.op, f"op{len(ops)}")
-        names[op] = call.op
+        names[op] = call.op._op
         arguments = [spelled(a) for a in call.args] + [f"{k}={spelled(v)}" for k, v in call.kwargs.items()]
         outs = ["_" if n is None else f"t{n}" for n in call.outs]
         made = {n for n in call.outs if n is not None and n not in last and n not in kept}

@@ -113,7 +113,7 @@ class Lanes:
         rates = torch.tensor([lane.rates(steps) for lane in self.lanes], dtype=torch.float32).T[..., None]
         rates = rates.to(self._device, non_blocking=True)
         recorded = torch.empty(steps, RECORDED, len(self.lanes), device=self._device)
-        with torch.no_grad():
+        with torch.inference_mode():
             for step in range(steps):
                 self._step(index[step], rates[step], recorded[step])
         numbers = recorded.cpu().numpy().astype(np.float64)

@@ -1,4 +1,4 @@
-"""Lane-wise forms of the operations that vmap would run lane by lane: an LSTM, and scaled dot-product attention.
+"""Lane-wise forms of operations that vmap would run lane by lane (an LSTM, attention) or slowly (a cross-entropy).
 
 They take the place of torch's own inside `lanewise_forms()`, wherever the user's model calls them (`nn.LSTM`,
 `nn.MultiheadAttention`, ...). Lanes are a leading dimension of every tensor.
@@ -13,7 +13,11 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from recipefuzz.targets.losses import IGNORED
+
 Attention = torch.nn.functional.scaled_dot_product_attention
+CrossEntropy = torch.nn.functional.cross_entropy
+PLAIN = {"weight": None, "size_average": None, "ignore_index": IGNORED, "reduce": None, "reduction": "mean", "label_smoothing": 0.0}
 
 
 class NotFusableError(Exception):
@@ -186,4 +190,17 @@ def _one_way(
     return outputs.flip(1) if backwards else outputs, cell
 
 
-FORMS: dict[Any, Callable[..., Any]] = {Attention: _attention, torch.lstm: _lstm}
+def _cross_entropy(output: Tensor, target: Tensor, **options: Any) -> Tensor:
+    """Mean cross-entropy of logits (B, C) and labels (B,) in few calls; with other options torch's own.
+
+    torch's is taken apart for lanes by Python code that imports sympy, which takes half a second.
+    """
+    plain = all(options.get(name, usual) == usual for name, usual in PLAIN.items())
+    if not plain or output.dim() != 2 or target.dim() != 1 or target.is_floating_point():
+        return CrossEntropy(output, target, **options)
+    labelled = target != IGNORED
+    rows = output.log_softmax(1).gather(1, target.clamp_min(0).unsqueeze(1)).squeeze(1)
+    return -torch.where(labelled, rows, 0.0).sum() / labelled.sum()
+
+
+FORMS: dict[Any, Callable[..., Any]] = {Attention: _attention, torch.lstm: _lstm, CrossEntropy: _cross_entropy}
