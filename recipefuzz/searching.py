@@ -154,10 +154,12 @@ def _opened(
 ) -> Iterator[tuple[RunFolder, StudySearch, Engine]]:
     folder = RunFolder.of(config)
     code = fingerprints(user_files(config))
-    with contextlib.closing(folder.open(config, code, fresh=fresh)) as store:
-        with contextlib.closing(open_engine(config, task, listener.say)) as engine:
-            window = ask_ahead(config, engine)
-            yield folder, store.begin(identity(config, code), config.axes, config.search, window), engine
+    with (
+        contextlib.closing(folder.open(config, code, fresh=fresh)) as store,
+        contextlib.closing(open_engine(config, task, listener.say)) as engine,
+    ):
+        window = ask_ahead(config, engine)
+        yield folder, store.begin(identity(config, code), config.axes, config.search, window), engine
 
 
 def _explore(config: Config, study: StudySearch, engine: Engine, listener: Listener) -> None:

@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 aten = torch.ops.aten
-READS = (aten._local_scalar_dense.default, aten.equal.default, aten.is_nonzero.default)  # answered on the host
+READS = (aten._local_scalar_dense.default, aten.equal.default, aten.is_nonzero.default)  # noqa: SLF001 - a name of aten's
 Op = Any  # torch._ops.OpOverload
 
 
@@ -99,7 +99,7 @@ class _Recorder(TorchDispatchMode):
         return False
 
     def __init__(self, inputs: Sequence[Tensor]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.calls: list[Call] = []
         self.constants: dict[int, Tensor] = {}
         self._kept: list[Any] = []  # an id is a tensor's only while it lives
@@ -229,7 +229,7 @@ def compiled_source(recording: Recording) -> tuple[str, dict[str, Any]]:
 
     for i, call in enumerate(recording.calls):
         op = ops.setdefault(call.op, f"op{len(ops)}")
-        names[op] = call.op._op
+        names[op] = call.op._op  # noqa: SLF001 - its __call__ does nothing else, in Python
         arguments = [spelled(a) for a in call.args] + [f"{k}={spelled(v)}" for k, v in call.kwargs.items()]
         outs = ["_" if n is None else f"t{n}" for n in call.outs]
         made = {n for n in call.outs if n is not None and n not in last and n not in kept}

@@ -1,10 +1,10 @@
 """The fused engine: recipes of one structure are trained as one batched program, a lane each.
 
-Recipes of a search differ in numbers: learning rate, scales, thresholds, weight decay, seed. Those become columns of the
-batched program. What changes which operations are launched (normalization, optimizer family, precision, batch size, the
-factory's own arguments) is the structure; each has a program of its own. HFTA (Wang et al., MLSys 2021,
-arXiv:2102.02344) fuses models alike; here lanes also come and go, as requests do in serving engines (Orca, OSDI 2022): a
-decided lane leaves at its checkpoint, and a waiting job takes its place.
+Recipes of a search differ in numbers: learning rate, scales, thresholds, weight decay, seed. Those become columns of
+the batched program. What changes which operations are launched (normalization, optimizer family, precision, batch size,
+the factory's own arguments) is the structure; each has a program of its own. HFTA (Wang et al., MLSys 2021,
+arXiv:2102.02344) fuses models alike; here lanes also come and go, as requests do in serving engines (Orca, OSDI 2022):
+a decided lane leaves at its checkpoint, and a waiting job takes its place.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from recipefuzz.engines.baselines import Baselines
 from recipefuzz.engines.job import Job, Outcome, structure
 from recipefuzz.engines.lane_updates import FAMILIES
 from recipefuzz.engines.lanes import Lane, Lanes
-from recipefuzz.engines.lanewise import NotFusableError
+from recipefuzz.engines.not_fusable import NotFusableError
 from recipefuzz.engines.probe import probed
 from recipefuzz.engines.program import Start
 from recipefuzz.engines.sequential import (
@@ -259,6 +259,7 @@ class _Order:
     def constants(self, task: Task, group: _Group, start: int, stop: int) -> Floats:
         """Loss of the best constant prediction on each step's batch, (stop - start,)."""
         assert group.constant is not None
+        assert group.lanes is not None
         known = self._constants.get(id(group.constant), np.zeros(0))
         if stop > len(known):
             index = self.rows(stop)[len(known) :]

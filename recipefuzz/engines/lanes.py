@@ -1,8 +1,8 @@
 """Recipes of one structure in training side by side: each is a lane, a row of every tensor.
 
 A lane's numbers do not depend on how many there are, on its place among them, or on its neighbours: each operation
-works on rows, and a NaN stays in its own. Lanes come and go between chunks: those that are decided leave, and the others
-close ranks with those that are new, so that what is decided costs nothing.
+works on rows, and a NaN stays in its own. Lanes come and go between chunks: those that are decided leave, and the
+others close ranks with those that are new, so that what is decided costs nothing.
 """
 
 from __future__ import annotations

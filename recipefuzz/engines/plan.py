@@ -13,8 +13,8 @@ from recipefuzz.engines import prepare
 from recipefuzz.engines.job import Job
 from recipefuzz.engines.lane_updates import FAMILIES
 from recipefuzz.engines.lanes import Lanes
-from recipefuzz.engines.lanewise import NotFusableError
 from recipefuzz.engines.memory import lanes_that_fit
+from recipefuzz.engines.not_fusable import NotFusableError
 from recipefuzz.engines.probe import plain_step, probed
 from recipefuzz.engines.program import Start
 from recipefuzz.engines.sequential import flushed_denormals, one_thread

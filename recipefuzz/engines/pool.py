@@ -52,14 +52,17 @@ class PoolEngine:
         config: every worker loads the target from it by itself.
         devices: one worker each; "cpu" as often as there are to be workers.
         timeout: seconds a trial may take before its worker is killed; None for no limit.
+        lanes: of the fused engine in each worker; 0 for the sequential engine; None if `use` is to tell.
     """
 
-    def __init__(self, config: Config, budget: Budget, devices: list[str], timeout: float | None) -> None:
+    def __init__(
+        self, config: Config, budget: Budget, devices: list[str], timeout: float | None, lanes: int | None = 0
+    ) -> None:
         self._config, self._budget, self._timeout = config, budget, timeout
         warm_up(config.folder)
         self._devices = devices
-        self.lanes = 0
-        self._told = False
+        self.lanes = lanes or 0
+        self._told = lanes is not None
         self._waiting: dict[Hashable, deque[Job]] = {}
         self._suspects: deque[Job] = deque()
         self._workers: dict[int, _Worker] = {}
@@ -97,7 +100,11 @@ class PoolEngine:
         return _Worker(process, ours, since=time.monotonic())
 
     def submit(self, job: Job) -> None:
-        self._waiting.setdefault(structure(job.recipe), deque()).append(job)
+        self._waiting.setdefault(self._key(job), deque()).append(job)
+
+    def _key(self, job: Job) -> Hashable:
+        """Jobs of one key keep their order; without lanes, all do."""
+        return structure(job.recipe) if self.lanes else None
 
     def _hand_out(self) -> None:
         for worker in self._workers.values():
@@ -113,7 +120,7 @@ class PoolEngine:
         free = self._room - len(worker.jobs)
         if free < self.lanes // 4 and worker.jobs:
             return
-        own = {structure(job.recipe) for job in worker.jobs.values()}
+        own = {self._key(job) for job in worker.jobs.values()}
         jobs: list[Job] = []
         for key in sorted(self._waiting, key=lambda k: (k not in own, -len(self._waiting[k]))):
             while self._waiting[key] and len(jobs) < free:
@@ -135,7 +142,7 @@ class PoolEngine:
             self._suspects.extendleft(jobs)
             return
         for job in jobs:
-            self._waiting.setdefault(structure(job.recipe), deque()).appendleft(job)
+            self._waiting.setdefault(self._key(job), deque()).appendleft(job)
 
     def collect(self) -> list[Outcome]:
         """Wait for outcomes.
@@ -149,9 +156,9 @@ class PoolEngine:
             ends = [end for w in self._workers.values() for end in (w.pipe, w.process.sentinel)]
             ready = wait(ends, timeout=POLL_SECONDS)
             outcomes = [outcome for slot in list(self._workers) for outcome in self._check(slot, ready)]
+            self._hand_out()  # before the caller sees to the outcomes: no worker waits for that
             if outcomes:
                 return outcomes
-            self._hand_out()
         return []
 
     def _check(self, slot: int, ready: Sequence[object]) -> list[Outcome]:

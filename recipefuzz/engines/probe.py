@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from recipefuzz.engines import prepare
 from recipefuzz.engines.capture import CannotCaptureError
-from recipefuzz.engines.lanewise import NotFusableError
+from recipefuzz.engines.not_fusable import NotFusableError
 from recipefuzz.engines.program import CAPTURED_AT, Program, Start, frozen_tensors
 from recipefuzz.errors import RAISED
 from recipefuzz.recipe import Recipe

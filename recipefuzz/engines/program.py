@@ -15,7 +15,8 @@ from torch.func import functional_call, vmap
 
 from recipefuzz.engines import prepare
 from recipefuzz.engines.capture import bytes_per_lane, linear_in_lanes, record, replaying
-from recipefuzz.engines.lanewise import LanewiseForms, NotFusableError
+from recipefuzz.engines.lanewise import LanewiseForms
+from recipefuzz.engines.not_fusable import NotFusableError
 from recipefuzz.engines.simplify import simplified
 from recipefuzz.recipe import Recipe
 from recipefuzz.targets.task import Task
@@ -134,7 +135,7 @@ class Program:
             tensors = [trained[:lanes].clone(), *(f[:lanes].clone() for f in frozen), x[:lanes], y[:lanes]]
             inputs = [*self.layout.views(tensors[0]), *tensors[1:], *([] if scale is None else [scale[:lanes]])]
             recordings.append(record(self._flat_call, inputs))
-        recording = simplified(linear_in_lanes(*recordings, CAPTURED_AT), self._device)
+        recording = simplified(linear_in_lanes(recordings[0], recordings[1], CAPTURED_AT), self._device)
         self.bytes_per_lane = bytes_per_lane(recording)
         self._make = replaying(recording)
         self._replays.clear()

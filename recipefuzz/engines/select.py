@@ -35,7 +35,7 @@ def open_engine(config: Config, task: Task, say: Callable[[str], None], most: in
     devices = worker_devices(device, config.run.workers)
     if most is not None:
         devices = devices[: max(1, most)]
-    pool = PoolEngine(config, budget, devices, config.trial.timeout) if devices else None
+    pool = PoolEngine(config, budget, devices, config.trial.timeout, lanes=None) if devices else None
     try:
         plan = planned(config, task, config.default_recipe(), torch.device(device), len(devices))
     except BaseException:

@@ -1,7 +1,7 @@
 """Fewer and cheaper calls in a recording, with the same results up to rounding.
 
-What vmap and autograd leave behind: aliases, reshapes to the same shape, products with one; sums of a product and a bias
-that one call can make; and softmaxes over a few classes, for which the CPU's kernel is slow.
+What vmap and autograd leave behind: aliases, reshapes to the same shape, products with one; sums of a product and a
+bias that one call can make; and softmaxes over a few classes, for which the CPU's kernel is slow.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from recipefuzz.engines.capture import Call, Recording, Ref, aten, written
 FEW_CLASSES = 48  # under which a row does not fill the vectors of the CPU's softmax (measured: equal at about 64)
 
 ALIASES = (aten.detach.default, aten.alias.default, aten.lift_fresh.default)
-RESHAPES = (aten.view.default, aten._unsafe_view.default, aten.expand.default, aten.reshape.default)
+RESHAPES = (aten.view.default, aten._unsafe_view.default, aten.expand.default, aten.reshape.default)  # noqa: SLF001
+LOG_SOFTMAX, LOG_SOFTMAX_BACKWARD = aten._log_softmax.default, aten._log_softmax_backward_data.default  # noqa: SLF001
 
 
 class _Numbers:
@@ -111,7 +112,8 @@ def _turned_products(recording: Recording) -> Recording:
 
 
 def _uses(recording: Recording) -> Counter[int | None]:
-    return Counter(n for call in recording.calls for n in call.reads) + Counter(recording.outputs)
+    read = [n for call in recording.calls for n in call.reads]
+    return Counter([*read, *recording.outputs])
 
 
 def _with_bias(recording: Recording) -> Recording:
@@ -138,8 +140,8 @@ def _small_softmax(recording: Recording) -> Recording:
     """Softmaxes over a short last dimension, written out."""
     numbers = _Numbers(recording)
     rules: dict[Any, Callable[[Call, _Numbers], list[Call]]] = {
-        aten._log_softmax.default: _log_softmax,
-        aten._log_softmax_backward_data.default: _log_softmax_backward,
+        LOG_SOFTMAX: _log_softmax,
+        LOG_SOFTMAX_BACKWARD: _log_softmax_backward,
     }
     calls: list[Call] = []
     for call in recording.calls:
