@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from recipefuzz import evidence
 from recipefuzz.config import Config, load_config, parse_config
-from recipefuzz.engines.job import Engine, Job, Outcome, run
+from recipefuzz.engines.job import Engine, Job, Outcome
 from recipefuzz.engines.rehearse import rehearse
 from recipefuzz.engines.select import ask_ahead, open_engine, pick_device
 from recipefuzz.errors import InputError, RunFailedError
@@ -172,10 +172,22 @@ def _explore(config: Config, study: StudySearch, engine: Engine, listener: Liste
         outcomes = engine.collect()
         if not outcomes:
             return
-        for outcome in outcomes:
-            result = to_result(config, outcome, Phase.SEARCH)
-            study.record(result, clock.seconds)
-            listener.finished(result)
+        _record(config, study, outcomes, Phase.SEARCH, listener, clock.seconds)
+
+
+def _record(
+    config: Config,
+    study: StudySearch,
+    outcomes: Iterable[Outcome],
+    phase: Phase,
+    listener: Listener,
+    elapsed: float = 0.0,
+) -> None:
+    """Keep what finished together in one write."""
+    results = [to_result(config, outcome, phase) for outcome in outcomes]
+    study.record_all(results, elapsed)
+    for result in results:
+        listener.finished(result)
 
 
 def _confirm(config: Config, study: StudySearch, engine: Engine, listener: Listener) -> None:
@@ -188,10 +200,11 @@ def _confirm(config: Config, study: StudySearch, engine: Engine, listener: Liste
     ]
     done = study.confirmed()
     listener.begin(Phase.CONFIRM, (r for r in study.results if r.phase is Phase.CONFIRM), len(jobs))
-    for outcome in run(engine, [j for j in jobs if (j.key, j.seed) not in done]):
-        result = to_result(config, outcome, Phase.CONFIRM)
-        study.record(result)
-        listener.finished(result)
+    for job in jobs:
+        if (job.key, job.seed) not in done:
+            engine.submit(job)
+    while outcomes := engine.collect():
+        _record(config, study, outcomes, Phase.CONFIRM, listener)
 
 
 def to_result(config: Config, outcome: Outcome, phase: Phase) -> TrialResult:

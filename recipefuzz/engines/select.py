@@ -18,7 +18,7 @@ from recipefuzz.targets.task import Task
 from recipefuzz.verdict import Budget
 
 # for each worker: not the lanes that were measured, which differ from run to run, since the trials depend on it
-AHEAD = 64
+AHEAD = 256
 
 
 def open_engine(config: Config, task: Task, say: Callable[[str], None], most: int | None = None) -> Engine:
