@@ -299,5 +299,5 @@ MEANING = {
     "search.time": DURATION,
     "trial.timeout": DURATION,
     "run.workers": "auto, or a number of processes up to 1024 (0: train in this one)",
-    "run.engine": "auto or sequential",
+    "run.engine": "auto, sequential or fused",
 }

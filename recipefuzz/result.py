@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
@@ -66,7 +66,8 @@ class TrialResult:
 
     def record(self) -> dict[str, Any]:
         """Plain values for a JSON store; what is not finite is left out."""
-        return {k: v for k, v in asdict(self).items() if not (isinstance(v, float) and not math.isfinite(v))}
+        found = {k: v for k, v in vars(self).items() if not (isinstance(v, float) and not math.isfinite(v))}
+        return found | {"values": dict(self.values)}  # asdict would copy the curve, number by number
 
     @classmethod
     def from_record(cls, record: Mapping[str, Any]) -> TrialResult:

@@ -28,8 +28,9 @@ from recipefuzz.report.tables import ranking_frame, trials_frame
 from recipefuzz.report.write import write_reports
 from recipefuzz.result import Phase, TrialResult, result_of
 from recipefuzz.run_folder import RunFolder, fingerprints, identity
+from recipefuzz.sampling import total
 from recipefuzz.source import numbers_as_meant
-from recipefuzz.store import StudySearch, total
+from recipefuzz.store import StudySearch
 from recipefuzz.targets.resolve import resolve, user_files
 from recipefuzz.targets.task import Task
 from recipefuzz.verdict import Budget

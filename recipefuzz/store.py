@@ -1,45 +1,49 @@
-"""The study's store: ask, record, tell, resume. The only file that knows Optuna's storages and samplers.
+"""The study's store: ask, record, tell, resume. The only file that knows Optuna's storages.
 
-The order of events is fixed. The recipe of trial n is asked for when exactly the trials 0 .. n - window have been
-told, whatever finished meanwhile: results that come early are recorded at once (nothing finished is ever lost) but
-shown to the sampler in their turn. The sampler's generator is seeded anew for every trial. So the trials of a study
-depend neither on the number of workers nor on how often it was killed and resumed.
+The order of events is fixed. Recipes are asked for in blocks of a quarter of the window: the block that begins with
+trial n is asked for when exactly the trials 0 .. n + block - window - 1 have been told, whatever finished meanwhile.
+Results that come early are recorded at once (nothing finished is ever lost) but shown to the sampler in their turn.
+The sampler's generator is seeded anew for every block (by samplers that know no blocks, for every trial). So the
+trials of a study depend neither on the number of workers nor on how often it was killed and resumed. A block is one
+batch of the journal or part of one, so a kill loses it whole or not at all; it is then asked for again, the same.
+
+Fast engines finish hundreds of trials a second, so nothing here may take time in proportion to the trials that there
+are: tpe and random learn from arrays that grow with the study, and entries are written past Optuna's storage, which
+catches up with the journal when it is asked something. The samplers that keep their state in the storage (gp, cmaes,
+qmc, grid) ask it.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
-import math
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import optuna
 from optuna.distributions import (
     BaseDistribution,
-    CategoricalDistribution,
-    FloatDistribution,
-    IntDistribution,
+    distribution_to_json,
 )
-from optuna.samplers import BaseSampler
 from optuna.storages.journal import BaseJournalBackend
-from optuna.trial import FrozenTrial, TrialState, create_trial
+from optuna.storages.journal._storage import JournalOperation
+from optuna.trial import FrozenTrial, TrialState
 
 from recipefuzz.config import SearchConfig
 from recipefuzz.errors import InputError, Place
 from recipefuzz.journal import Journal
 from recipefuzz.recipe import Scalar
 from recipefuzz.result import Phase, TrialResult
-from recipefuzz.space import Axis, Choice, Range, Space
-from recipefuzz.verdict import Label
+from recipefuzz.sampling import BlockTPE, Seen, at_random, distribution, mixed_seed, objective, sampler, total
+from recipefuzz.space import Space
 
-MOST_GRID_POINTS = 50_000  # Optuna lists them all at every ask
 RESULT, ELAPSED, META, WINDOW = "result", "elapsed", "recipefuzz", "window"
 FINISHED = (TrialState.COMPLETE, TrialState.FAIL)
+WRITER = "recipefuzz"  # in the place of the id that Optuna gives each of its writers
 
 optuna.logging.set_verbosity(logging.WARNING)
 
@@ -131,16 +135,28 @@ class StudySearch:
         space: Space,
         search: SearchConfig,
     ) -> None:
-        self._study, self._confirm, self._journal = study, confirm, journal
+        self._study, self._confirm_id, self._journal = study, confirm._study_id, journal  # noqa: SLF001 - entries name ids
         self._space, self._search = space, search
         self._window = int(study.user_attrs[WINDOW])
-        self._storage = study._storage  # noqa: SLF001 - its public methods take ids, which no public one gives
+        self._block = max(1, self._window // 4)
         self._distributions = {name: distribution(axis) for name, axis in space.axes}
-        trials = study.get_trials(deepcopy=False)
-        self._asked = len(trials)
+        trials, confirming = study.get_trials(deepcopy=False), confirm.get_trials(deepcopy=False)
+        self._log = _TrialLog(journal, study._study_id, self._distributions, _count(study))  # noqa: SLF001
+        self._ids = [t._trial_id for t in trials]  # noqa: SLF001
         self._told = next((t.number for t in trials if t.state not in FINISHED), len(trials))
         self._recorded = {t.number: r for t in trials if (r := _result(t)) is not None}
-        self._unfinished = [n for n in range(self._told, self._asked) if n not in self._recorded]
+        self._confirmed = _results(confirming)
+        self._seconds = _elapsed(trials)
+        self._unfinished = [
+            Asked(t.number, {name: t.params[name] for name in space.names})
+            for t in trials[self._told :]
+            if t.number not in self._recorded
+        ]
+        self._random, self._tpe = np.random.RandomState(), BlockTPE(self._distributions)
+        self._seen = Seen(self._distributions)
+        self._seen.ask([t.params for t in trials])
+        for number in range(self._told):
+            self._seen.tell(self._recorded[number])
 
     @property
     def total(self) -> int:
@@ -150,163 +166,157 @@ class StudySearch:
         """Tell what is due, ask what that frees; return the trials to run now.
 
         The first call also returns what an interrupted run had asked and not finished. With `stop` nothing
-        new is asked.
+        new is asked. What this writes is not synced: all of it follows from what was recorded.
         """
-        new = [self._asked_before(number) for number in self._unfinished]
-        self._unfinished = []
+        new, self._unfinished = self._unfinished, []
+        end = len(self._ids) if stop else self.total
         while True:
-            wanted = not stop and self._asked < self.total
-            if wanted and self._asked - self._told < self._window:
-                new.append(self._ask())
+            if len(self._ids) < end and len(self._ids) + self._block - self._told <= self._window:
+                new += self._ask(min(self._block, end - len(self._ids)))
             elif self._told in self._recorded:
                 self._tell(self._told)
             else:
                 break
-        self._journal.flush()
+        self._journal.flush(sync=False)
         return new
 
-    def _asked_before(self, number: int) -> Asked:
-        """A trial that an earlier process asked for; asked to its end where that was cut short."""
-        return self._suggest(number, lambda: optuna.Trial(self._study, self._trial_id(number)))
+    def _ask(self, size: int) -> list[Asked]:
+        """The next block."""
+        first = len(self._ids)
+        if self._search.sampler not in ("tpe", "random"):
+            return [self._ask_storage(number) for number in range(first, first + size)]
+        if self._search.sampler == "tpe":
+            recipes = self._tpe.block(self._seen, size, mixed_seed(self._search.seed, first))
+        else:
+            seeds = (mixed_seed(self._search.seed, number) for number in range(first, first + size))
+            recipes = [at_random(self._distributions, self._random, seed) for seed in seeds]
+        self._seen.ask(recipes)
+        self._ids += [self._log.asked(recipe) for recipe in recipes]
+        return [Asked(number, recipe) for number, recipe in enumerate(recipes, first)]
 
-    def _trial_id(self, number: int) -> int:
-        return self._storage.get_trial_id_from_study_id_trial_number(self._study._study_id, number)  # noqa: SLF001
-
-    def _ask(self) -> Asked:
-        asked = self._suggest(self._asked, self._study.ask)
-        self._asked += 1
-        return asked
-
-    def _suggest(self, number: int, trial_of: Callable[[], optuna.Trial]) -> Asked:
+    def _ask_storage(self, number: int) -> Asked:
+        """A trial of a sampler that looks into Optuna's storage, and leaves there what it has to remember."""
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # experimental samplers, and samplers that take choices one by one
             self._study.sampler = sampler(self._search, self._space, number)
-            trial = trial_of()
+            trial = self._study.ask()
             for name, axis in self._distributions.items():
                 trial._suggest(name, axis)  # noqa: SLF001 - what ask(fixed_distributions) does
+        self._ids.append(trial._trial_id)  # noqa: SLF001
+        self._log.trials += 1
+        self._seen.ask([trial.params])
         return Asked(number, {name: trial.params[name] for name in self._space.names})
 
     @property
     def seconds(self) -> float:
         """Time that the search had taken when its last trial was recorded."""
-        return _elapsed(self._study.get_trials(deepcopy=False))
+        return self._seconds
 
     def record(self, result: TrialResult, elapsed: float = 0.0) -> None:
         """Keep a finished trial, and the time that the search has taken by then. On return it is on disk."""
-        if result.phase is Phase.CONFIRM:
-            self._add_confirm(result)
-        elif result.trial not in self._recorded:
-            for key, value in ((RESULT, result.record()), (ELAPSED, round(elapsed, 3))):
-                self._storage.set_trial_user_attr(self._trial_id(result.trial), key, value)
-            self._recorded[result.trial] = result
-        self._journal.flush()
+        self.record_all((result,), elapsed)
 
-    def _add_confirm(self, result: TrialResult) -> None:
-        state = TrialState.FAIL if result.error else TrialState.COMPLETE
-        value = None if result.error else objective(result)[0]
-        self._confirm.add_trial(create_trial(state=state, value=value, user_attrs={RESULT: result.record()}))
+    def record_all(self, results: Iterable[TrialResult], elapsed: float = 0.0) -> None:
+        """`record` for trials that finished together: one write, one sync."""
+        last = None
+        for result in results:
+            if result.phase is Phase.CONFIRM:
+                value = None if result.error else objective(result)[0]
+                self._log.confirmed(self._confirm_id, value, result)
+                self._confirmed.append(result)
+            elif result.trial not in self._recorded:
+                last = self._ids[result.trial]
+                self._log.attribute(last, RESULT, result.record())
+                self._recorded[result.trial] = result
+        if last is not None:
+            self._seconds = max(self._seconds, round(elapsed, 3))
+            self._log.attribute(last, ELAPSED, self._seconds)
+        self._journal.flush()
 
     def _tell(self, number: int) -> None:
         """A failed recipe is a completed, infeasible observation: samplers ignore FAIL and go back there."""
         result = self._recorded[number]
-        self._study.sampler = optuna.samplers.RandomSampler()  # after_trial of some stop a running `optimize`
+        self._seen.tell(result)
         if result.error:
-            self._study.tell(number, state=TrialState.FAIL)
+            self._log.failed(self._ids[number])
         else:
             value, violation = objective(result)
             if self._search.sampler != "cmaes":  # CMA-ES knows no constraints: the value alone ranks for it
-                optuna.Trial(self._study, self._trial_id(number)).set_constraint("failed", violation)
-            self._study.tell(number, value)
+                self._log.constraint(self._ids[number], violation)
+            self._log.completed(self._ids[number], value)
         self._told += 1
 
     def confirmed(self) -> set[tuple[int, int]]:
         """(trial, seed) of the confirming runs that are done."""
-        return {(r.trial, r.seed) for r in _results(self._confirm.get_trials(deepcopy=False))}
+        return {(r.trial, r.seed) for r in self._confirmed}
 
     @property
     def results(self) -> list[TrialResult]:
         """All finished trials, as in `Store.results`."""
-        search = [self._recorded[n] for n in sorted(self._recorded)]
-        return search + _results(self._confirm.get_trials(deepcopy=False))
+        return [self._recorded[n] for n in sorted(self._recorded)] + self._confirmed
 
 
-def total(search: SearchConfig, space: Space) -> int:
-    """Trials that the search will have in all: fewer than asked for where a grid has no more points."""
-    if search.sampler != "grid":
-        return search.trials
-    points = math.prod(len(axis.grid(search.grid_points)) for _, axis in space.axes)
-    if points > MOST_GRID_POINTS:
-        raise InputError(
-            f"a grid of {points:,} points",
-            place=Place(key="search.sampler"),
-            expected=f"at most {MOST_GRID_POINTS:,}",
-            fix="fewer search.grid_points, fewer axes, or sampler: qmc, which spreads any number of trials evenly",
-        )
-    return min(search.trials, points)
+class _TrialLog:
+    """Writes trials as entries of Optuna's journal, without its storage.
 
+    The storage makes about ten entries a trial and replays each at once; with these four, which it replays when it is
+    next asked something, a trial costs a tenth.
 
-def objective(result: TrialResult) -> tuple[float, float]:
-    """What the sampler is told: a value to minimize, and by how much the recipe failed (0 or less: it did not).
-
-    A converging trial is worth 1 - score. A stall fails by up to 1, less the more it learned; a NaN by 1 to
-    2, less the later it came: samplers that order infeasible points by violation are drawn to the border.
+    Args:
+        trials: how many the journal holds, in all its studies: Optuna numbers them all in one row.
     """
-    score = min(max(result.score, 0.0), 1.0) if math.isfinite(result.score) else 0.0
-    if result.verdict == Label.CONVERGING:
-        return 1.0 - score, 0.0
-    violation = 1.0 - 0.9 * score if result.verdict == Label.STALLED else 1.0 + 1.0 / (result.first_bad or 1)
-    return 1.0 + violation, violation
+
+    def __init__(
+        self, journal: Journal, study_id: int, distributions: Mapping[str, BaseDistribution], trials: int
+    ) -> None:
+        self._journal, self._study_id, self.trials = journal, study_id, trials
+        self._distributions = distributions
+        self._as_json = {name: distribution_to_json(axis) for name, axis in distributions.items()}
+
+    def asked(self, recipe: Mapping[str, Scalar]) -> int:
+        params = {name: axis.to_internal_repr(recipe[name]) for name, axis in self._distributions.items()}
+        return self._create(self._study_id, TrialState.RUNNING, distributions=self._as_json, params=params)
+
+    def confirmed(self, study_id: int, value: float | None, result: TrialResult) -> None:
+        state, attributes = TrialState.FAIL if result.error else TrialState.COMPLETE, {RESULT: result.record()}
+        self._create(study_id, state, value=value, datetime_complete=_now(), user_attrs=attributes)
+
+    def attribute(self, trial_id: int, key: str, value: Any) -> None:
+        self._add(JournalOperation.SET_TRIAL_USER_ATTR, trial_id=trial_id, user_attr={key: value})
+
+    def constraint(self, trial_id: int, violation: float) -> None:
+        attribute = {"constraints:failed": violation}  # what Trial.set_constraint("failed", violation) writes
+        self._add(JournalOperation.SET_TRIAL_SYSTEM_ATTR, trial_id=trial_id, system_attr=attribute)
+
+    def completed(self, trial_id: int, value: float) -> None:
+        self._finish(trial_id, TrialState.COMPLETE, [value])
+
+    def failed(self, trial_id: int) -> None:
+        self._finish(trial_id, TrialState.FAIL, None)
+
+    def _finish(self, trial_id: int, state: TrialState, values: list[float] | None) -> None:
+        operation = JournalOperation.SET_TRIAL_STATE_VALUES
+        self._add(operation, trial_id=trial_id, state=state, values=values, datetime_complete=_now())
+
+    def _create(self, study_id: int, state: TrialState, **fields: Any) -> int:
+        operation = JournalOperation.CREATE_TRIAL
+        self._add(operation, study_id=study_id, state=state, datetime_start=_now(), **fields)
+        self.trials += 1
+        return self.trials - 1
+
+    def _add(self, operation: JournalOperation, **fields: Any) -> None:
+        self._journal.append_logs([{"op_code": int(operation), "worker_id": WRITER, **fields}])
 
 
-def distribution(axis: Axis) -> BaseDistribution:
-    if isinstance(axis, Choice):
-        return CategoricalDistribution(axis.options)
-    if axis.integer:
-        step = int(axis.step) if axis.step is not None else 1
-        return IntDistribution(int(axis.low), int(_last(axis)), log=axis.log, step=step)
-    return FloatDistribution(axis.low, _last(axis), log=axis.log, step=axis.step)
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="microseconds")
 
 
-def _last(axis: Range) -> float:
-    """The largest value: below `high` where the steps do not end there, of which Optuna would warn."""
-    return axis.high if axis.step is None else float(axis.grid(2)[-1])  # type: ignore[arg-type]
-
-
-class _KnownSpace(optuna.samplers.TPESampler):
-    """TPE that is told its space. Optuna infers it from all trials at every ask, which takes half of the ask."""
-
-    def __init__(self, space: Space, seed: int) -> None:
-        super().__init__(seed=seed, multivariate=True, constant_liar=True)
-        known = {name: distribution(axis) for name, axis in sorted(space.axes)}
-        self._known = {name: axis for name, axis in known.items() if not axis.single()}
-
-    def infer_relative_search_space(self, study: optuna.Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:  # noqa: ARG002
-        return self._known
-
-
-def sampler(search: SearchConfig, space: Space, number: int) -> BaseSampler:
-    """A fresh sampler for one trial; all its state is in the store, its generator is of the trial's number."""
-    seed = _mix(search.seed, number)
-    plain = optuna.samplers.RandomSampler(seed=seed)
-    if search.sampler == "random":
-        return plain
-    if search.sampler == "tpe":
-        return _KnownSpace(space, seed)
-    if search.sampler == "gp":
-        return optuna.samplers.GPSampler(seed=seed, independent_sampler=plain)
-    if search.sampler == "cmaes":
-        return optuna.samplers.CmaEsSampler(seed=seed, independent_sampler=plain, warn_independent_sampling=False)
-    if search.sampler == "qmc":  # one sequence for the whole study; the store counts its points
-        return optuna.samplers.QMCSampler(
-            seed=search.seed, scramble=True, independent_sampler=plain, warn_independent_sampling=False
-        )
-    grid = {name: list(axis.grid(search.grid_points)) for name, axis in space.axes}
-    return optuna.samplers.GridSampler(grid, seed=search.seed)  # it shuffles the grid: one order for all trials
-
-
-def _mix(seed: int, number: int) -> int:
-    digest = hashlib.sha256(json.dumps([seed, number]).encode()).digest()
-    return int.from_bytes(digest[:4], "big")
+def _count(study: optuna.Study) -> int:
+    """Trials of all studies of a journal."""
+    storage = study._storage  # noqa: SLF001 - no public name for the storage of a study
+    studies = storage.get_all_studies()
+    return sum(len(storage.get_all_trials(s._study_id, deepcopy=False)) for s in studies)  # noqa: SLF001
 
 
 def _result(trial: FrozenTrial) -> TrialResult | None:

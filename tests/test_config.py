@@ -387,9 +387,9 @@ FILE:2: run.workers: not a number of processes
 TARGET
 run: {engine: fast}
 ~~~
-FILE:2: run.engine: input should be 'auto' or 'sequential'
+FILE:2: run.engine: input should be 'auto', 'sequential' or 'fused'
   found:    fast
-  expected: auto or sequential
+  expected: auto, sequential or fused
 === duration word
 TARGET
 search: {time: 10 minutes}

@@ -23,14 +23,14 @@ LAYERS = (
     ("recipe", "space", "trace", "atomic"),
     ("evidence", "verdict", "result", "ranking", "source", "axes", "config"),
     ("targets/",),
-    ("engines/", "journal", "store", "run_folder", "report/", "template"),
+    ("engines/", "journal", "sampling", "store", "run_folder", "report/", "template"),
     ("searching", "judging"),
     ("cli", "__init__", "__main__"),
 )
 PURE = 3  # layers from below that know neither torch nor optuna: their rules are tested in milliseconds
 HOMES = {
     # a library, and the only places that may import it
-    "optuna": {"store"},
+    "optuna": {"sampling", "store"},
     "pandas": {"report/", "ranking", "judging", "searching"},
     "subprocess": {"targets/command", "launch/"},
     "pydantic": {"config"},

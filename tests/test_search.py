@@ -121,7 +121,7 @@ def test_an_interrupted_run_resumes_to_what_an_undisturbed_one_is(study: dict, a
     with pytest.raises(KeyboardInterrupt):
         recipefuzz.search(study, listener=_Stop(after))
     written = pd.read_csv("runs/small/trials.csv", keep_default_na=False)
-    assert len(written) == after + 1  # what was finished is in the table already
+    assert len(written) >= after + 1  # what was finished is in the table already, with all that finished beside it
     assert same(recipefuzz.search(study).trials, whole.trials)
 
 

@@ -11,7 +11,7 @@ from recipefuzz.report.picture import COLORS, outcome, shown
 from recipefuzz.report.ranked import rank_run
 from recipefuzz.result import Phase, TrialResult
 from recipefuzz.run_folder import RunFolder
-from recipefuzz.store import total
+from recipefuzz.sampling import total
 
 
 def status_lines(folder: RunFolder) -> Iterator[str]:
