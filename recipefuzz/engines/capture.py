@@ -51,6 +51,7 @@ class Call:
     Attributes:
         whole: whether it returns one tensor, not a tuple or list of them.
         sizes: bytes of each returned tensor's own memory, 0 for a view.
+        mixed: whether its tensors are of several dtypes, as a bias and a product are under autocast.
     """
 
     op: Op
@@ -60,6 +61,7 @@ class Call:
     shapes: tuple[tuple[Any, ...], ...]
     whole: bool
     sizes: tuple[Any, ...]
+    mixed: bool = False
 
     @property
     def reads(self) -> list[int]:
@@ -142,7 +144,8 @@ class _Recorder(TorchDispatchMode):
         numbers = tuple(self._new(out) if isinstance(out, Tensor) else None for out in outs)
         shapes = tuple(tuple(out.shape) if isinstance(out, Tensor) else () for out in outs)
         sizes = tuple(self._own_bytes(out) for out in outs)
-        self.calls.append(Call(func, before[0], before[1], numbers, shapes, whole, sizes))
+        mixed = len({leaf.dtype for leaf in tree_flatten((args, kwargs))[0] if isinstance(leaf, Tensor)}) > 1
+        self.calls.append(Call(func, before[0], before[1], numbers, shapes, whole, sizes, mixed))
         return result
 
 
@@ -182,7 +185,7 @@ def _merged(a: Call, b: Call, lanes: tuple[int, int]) -> Call:
         raise CannotCaptureError("what it launches depends on the number of lanes")
     merged = [_linear(x, y, lanes) for x, y in zip(left, right, strict=True)]
     args, kwargs, shapes, sizes = tree_unflatten(merged, spec)
-    return Call(a.op, args, kwargs, a.outs, shapes, a.whole, sizes)
+    return Call(a.op, args, kwargs, a.outs, shapes, a.whole, sizes, a.mixed)
 
 
 def _linear(x: Any, y: Any, lanes: tuple[int, int]) -> Any:

@@ -113,7 +113,8 @@ class Lanes:
         rates = torch.tensor([lane.rates(steps) for lane in self.lanes], dtype=torch.float32).T[..., None]
         rates = rates.to(self._device, non_blocking=True)
         recorded = torch.empty(steps, RECORDED, len(self.lanes), device=self._device)
-        with torch.inference_mode():
+        # autograd can't use what was made in inference mode
+        with torch.inference_mode(self._program.recorded), torch.no_grad():
             for step in range(steps):
                 self._step(index[step], rates[step], recorded[step])
         numbers = recorded.cpu().numpy().astype(np.float64)

@@ -7,13 +7,16 @@ They take the place of torch's own inside `with LanewiseForms()`, wherever the u
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from types import FunctionType
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map
 
 from recipefuzz.engines import lanewise_rnn
+from recipefuzz.engines.lanewise_norm import BatchNorm, batch_norm
 from recipefuzz.engines.lanewise_rnn import lanes_first
 from recipefuzz.engines.not_fusable import NotFusableError
 from recipefuzz.targets.losses import IGNORED
@@ -87,8 +90,34 @@ def _cross_entropy(output: Tensor, target: Tensor, **options: Any) -> Tensor:
     return -torch.where(labelled, rows, 0.0).sum() / labelled.sum()
 
 
+def _autocast(function: Any) -> Callable[..., Any]:
+    """Under autocast cast as a whole, as alone: vmap takes layers apart first, and a bias or a convolution stays fp32."""
+
+    def form(x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if not torch.is_autocast_enabled(x.device.type):
+            return function(x, *args, **kwargs)
+        half = torch.get_autocast_dtype(x.device.type)
+        args, kwargs = tree_map(
+            lambda a: a.to(half) if isinstance(a, Tensor) and a.dtype == torch.float32 else a, ((x, *args), kwargs)
+        )
+        return function(*args, **kwargs)
+
+    return form
+
+
+functional = torch.nn.functional
+CASTED = (functional.linear, functional.conv1d, functional.conv2d, functional.conv3d, torch.addmm, torch.baddbmm)
+CASTED += (functional.conv_transpose1d, functional.conv_transpose2d, functional.conv_transpose3d)
+MultiHead = torch.nn.functional.multi_head_attention_forward
+# torch's own code, which calls the attention by its global name: what a form calls does not come here again
+_multi_head = FunctionType(MultiHead.__code__, {**MultiHead.__globals__, "scaled_dot_product_attention": _attention})
+_multi_head.__defaults__ = MultiHead.__defaults__
+
 FORMS: dict[Any, Callable[..., Any]] = {
     **lanewise_rnn.FORMS,
+    **{function: _autocast(function) for function in CASTED},
+    MultiHead: _multi_head,
     Attention: _attention,
+    BatchNorm: batch_norm,
     CrossEntropy: _cross_entropy,
 }

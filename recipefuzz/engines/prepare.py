@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.optim import SGD, Adam, AdamW, Optimizer, RMSprop
 
+from recipefuzz.engines.dropout import seed_dropout
 from recipefuzz.recipe import Recipe
 from recipefuzz.targets.norms import replace_norms
 from recipefuzz.targets.scaling import scaled
@@ -33,6 +34,7 @@ def build_model(task: Task, recipe: Recipe, device: torch.device) -> nn.Module:
             any to replace.
     """
     model = _call_factory(task, recipe)
+    seed_dropout(model, torch.initial_seed())
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() >= 2:

@@ -146,6 +146,10 @@ class Program:
         frozen, (x, y, *scale) = rest[: len(self._frozen_names)], rest[len(self._frozen_names) :]
         return self.losses_and_gradients(trained, frozen, x, y, scale[0] if scale else None)
 
+    @property
+    def recorded(self) -> bool:
+        return self._make is not None
+
     def used(self) -> Tensor | None:
         """1 for parameters that the loss depends on, 0 for others, (size,); None where it depends on all."""
         if not self.unused:

@@ -23,6 +23,25 @@ RESHAPES = (aten.view.default, aten._unsafe_view.default, aten.expand.default, a
 LOG_SOFTMAX, LOG_SOFTMAX_BACKWARD = aten._log_softmax.default, aten._log_softmax_backward_data.default  # noqa: SLF001
 
 
+def _with_addcmul(recording: Recording) -> Recording:
+    """a b + c in one call, where the product is used for nothing else and is as large as the sum."""
+    uses = _uses(recording)
+    products = {c.outs[0]: c for c in recording.calls if c.op is aten.mul.Tensor and uses[c.outs[0]] == 1}
+    touched = written(recording.calls)
+    calls = []
+    for call in recording.calls:
+        if call.op is aten.add.Tensor and not call.kwargs and all(isinstance(a, Ref) for a in call.args):
+            product, rest = call.args
+            if product.index not in products:
+                product, rest = rest, product
+            found = products.get(product.index)
+            plain = found is not None and all(isinstance(a, Ref) and a.index not in touched for a in found.args)
+            if found is not None and plain and found.shapes == call.shapes and rest.index != product.index:
+                call = replace(call, op=aten.addcmul.default, args=(rest, *found.args))
+        calls.append(call)
+    return replace(recording, calls=tuple(calls))
+
+
 class _Numbers:
     """Fresh numbers for new tensors."""
 
@@ -38,7 +57,7 @@ class _Numbers:
 def simplified(recording: Recording, device: torch.device) -> Recording:
     """The recording after all passes."""
     recording = _without_unused(_turned_products(_without_copies(recording)))
-    recording = _without_unused(_with_bias(recording))
+    recording = _without_unused(_with_addcmul(_with_bias(recording)))
     return _small_softmax(recording) if device.type == "cpu" else recording
 
 
@@ -123,7 +142,7 @@ def _with_bias(recording: Recording) -> Recording:
     fused: set[int | None] = set()
     calls = []
     for call in recording.calls:
-        if call.op is aten.add.Tensor and not call.kwargs and all(isinstance(a, Ref) for a in call.args):
+        if call.op is aten.add.Tensor and not (call.kwargs or call.mixed) and all(isinstance(a, Ref) for a in call.args):
             bias, product = call.args
             if product.index not in products:
                 bias, product = product, bias
