@@ -19,6 +19,7 @@ from torch.nn import functional
 from torch.utils.data import Dataset
 
 from recipefuzz.engines import loss_scaling, prepare
+from recipefuzz.engines.dropout import seed_dropout
 from recipefuzz.engines.job import Job
 from recipefuzz.engines.loss_scaling import LossScaler
 from recipefuzz.engines.sequential import SequentialEngine
@@ -79,6 +80,7 @@ class Plain:
         state = torch.get_rng_state()
         torch.manual_seed(seed)
         self.model = build()
+        seed_dropout(self.model, seed)
         with torch.no_grad():
             for p in self.model.parameters():
                 if p.dim() >= 2:
