@@ -51,7 +51,7 @@ class Call:
     Attributes:
         whole: whether it returns one tensor, not a tuple or list of them.
         sizes: bytes of each returned tensor's own memory, 0 for a view.
-        mixed: whether its tensors are of several dtypes, as a bias and a product are under autocast.
+        mixed: whether what it takes and returns is of several dtypes, as a bias and a product are under autocast.
     """
 
     op: Op
@@ -144,7 +144,7 @@ class _Recorder(TorchDispatchMode):
         numbers = tuple(self._new(out) if isinstance(out, Tensor) else None for out in outs)
         shapes = tuple(tuple(out.shape) if isinstance(out, Tensor) else () for out in outs)
         sizes = tuple(self._own_bytes(out) for out in outs)
-        mixed = len({leaf.dtype for leaf in tree_flatten((args, kwargs))[0] if isinstance(leaf, Tensor)}) > 1
+        mixed = len({leaf.dtype for leaf in tree_flatten((args, kwargs, result))[0] if isinstance(leaf, Tensor)}) > 1
         self.calls.append(Call(func, before[0], before[1], numbers, shapes, whole, sizes, mixed))
         return result
 

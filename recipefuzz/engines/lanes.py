@@ -100,6 +100,7 @@ class Lanes:
             return torch.tensor([math.inf if v is None else v for v in values], device=self._device)[:, None]
 
         self._clip_norm = limits([r.clip_norm for r in recipes])
+        self._unclipped = None if self._clip_norm is None else torch.isinf(self._clip_norm)
         self._clip_value = limits([r.clip_value for r in recipes])
 
     def run(self, steps: int, order_of: Callable[[Job, int, int], Tensor]) -> None:
@@ -129,9 +130,9 @@ class Lanes:
         gradient = torch.cat([g.reshape(len(g), -1) for g in gradients], dim=1)
         overflow = None if self._scales is None else self._unscale(gradient)
         norm = vector_norm(gradient, dim=1, keepdim=True)
-        if self._clip_norm is not None:
+        if self._clip_norm is not None and self._unclipped is not None:
             share = (self._clip_norm / (norm + CLIP_EPS)).clamp(max=1.0)
-            gradient.mul_(torch.where(torch.isinf(self._clip_norm), 1.0, share))
+            gradient.mul_(torch.where(self._unclipped, 1.0, share))
         if self._clip_value is not None:
             torch.clamp(gradient, -self._clip_value, self._clip_value, out=gradient)
         before = None if overflow is None else [t.clone() for t in self._update.tensors()]

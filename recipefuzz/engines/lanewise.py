@@ -91,7 +91,7 @@ def _cross_entropy(output: Tensor, target: Tensor, **options: Any) -> Tensor:
 
 
 def _autocast(function: Any) -> Callable[..., Any]:
-    """Under autocast cast as a whole, as alone: vmap takes layers apart first, and a bias or a convolution stays fp32."""
+    """Under autocast cast as a whole, as alone: vmap takes a layer apart first, and its bias stays fp32."""
 
     def form(x: Tensor, *args: Any, **kwargs: Any) -> Any:
         if not torch.is_autocast_enabled(x.device.type):
@@ -105,9 +105,9 @@ def _autocast(function: Any) -> Callable[..., Any]:
     return form
 
 
-functional = torch.nn.functional
-CASTED = (functional.linear, functional.conv1d, functional.conv2d, functional.conv3d, torch.addmm, torch.baddbmm)
-CASTED += (functional.conv_transpose1d, functional.conv_transpose2d, functional.conv_transpose3d)
+CASTED: list[Callable[..., Any]] = [torch.nn.functional.linear, torch.addmm, torch.baddbmm]
+CASTED += [torch.conv1d, torch.conv2d, torch.conv3d]
+CASTED += [torch.conv_transpose1d, torch.conv_transpose2d, torch.conv_transpose3d]
 MultiHead = torch.nn.functional.multi_head_attention_forward
 # torch's own code, which calls the attention by its global name: what a form calls does not come here again
 _multi_head = FunctionType(MultiHead.__code__, {**MultiHead.__globals__, "scaled_dot_product_attention": _attention})

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -72,7 +73,7 @@ def _without_copies(recording: Recording) -> Recording:
         out = call.outs[0] if call.whole else None
         if out is not None and _gives_back(call, shapes) and out not in touched and call.args[0].index not in touched:
             same[out] = call.args[0].index
-            shapes[out] = call.shapes[0]
+            shapes[call.args[0].index] = call.shapes[0]
             continue
         shapes |= {n: s for n, s in zip(call.outs, call.shapes, strict=True) if n is not None}
         calls.append(call)
@@ -85,6 +86,8 @@ def _gives_back(call: Call, shapes: dict[int, Any]) -> bool:
         return True
     if call.op in RESHAPES:
         return bool(shapes.get(call.args[0].index) == call.shapes[0])
+    if call.mixed:  # a product of a bool with one is an integer
+        return False
     return call.op is aten.mul.Scalar and call.args[1] == 1 and shapes.get(call.args[0].index) == call.shapes[0]
 
 
@@ -107,13 +110,13 @@ def _without_unused(recording: Recording) -> Recording:
 
 def _turned_products(recording: Recording) -> Recording:
     """(a b)^T as b^T a^T: gradients of linear layers then lie in memory as their weights do."""
-    uses = _uses(recording)
+    uses, settled = _uses(recording), _settled(recording)
     made = {c.outs[0]: c for c in recording.calls if c.whole}
     numbers = _Numbers(recording)
     calls: list[Call] = []
     for call in recording.calls:
         product = made.get(call.args[0].index) if call.op is aten.transpose.int and call.args[1:] == (1, 2) else None
-        if product is None or product.op is not aten.bmm.default or uses[product.outs[0]] != 1:
+        if product is None or uses[product.outs[0]] != 1 or product.outs[0] not in settled:
             calls.append(call)
             continue
         sides = []
@@ -130,6 +133,14 @@ def _turned_products(recording: Recording) -> Recording:
     return replace(recording, calls=tuple(calls))
 
 
+def _settled(recording: Recording) -> set[int | None]:
+    """Products in whose place another may be computed where they are used: nothing is written in between."""
+    last = {n: i for i, call in enumerate(recording.calls) for n in call.reads}
+    writes = [0, *accumulate(bool(call.writes) for call in recording.calls)]
+    made = [(i, n) for i, call in enumerate(recording.calls) if call.op is aten.bmm.default for n in call.outs]
+    return {n for i, n in made if writes[last.get(n or 0, i)] == writes[i]}
+
+
 def _uses(recording: Recording) -> Counter[int | None]:
     read = [n for call in recording.calls for n in call.reads]
     return Counter([*read, *recording.outputs])
@@ -137,12 +148,13 @@ def _uses(recording: Recording) -> Counter[int | None]:
 
 def _with_bias(recording: Recording) -> Recording:
     """Bias + bmm(a, b) in one call, where the product is used for nothing else."""
-    uses = _uses(recording)
-    products = {c.outs[0]: c for c in recording.calls if c.op is aten.bmm.default and uses[c.outs[0]] == 1}
+    uses, settled = _uses(recording), _settled(recording)
+    products = {c.outs[0]: c for c in recording.calls if c.outs[:1] and c.outs[0] in settled and uses[c.outs[0]] == 1}
     fused: set[int | None] = set()
     calls = []
     for call in recording.calls:
-        if call.op is aten.add.Tensor and not (call.kwargs or call.mixed) and all(isinstance(a, Ref) for a in call.args):
+        plain = not (call.kwargs or call.mixed) and all(isinstance(a, Ref) for a in call.args)
+        if call.op is aten.add.Tensor and plain:
             bias, product = call.args
             if product.index not in products:
                 bias, product = product, bias
