@@ -43,7 +43,7 @@ class SeededDropout(nn.Module):
 
 
 def _mixed(word: Tensor) -> Tensor:
-    """The finalizer of MurmurHash3 (Appleby, 2011): each bit of the word turns each bit of the result with odds of 1/2."""
+    """The finalizer of MurmurHash3 (Appleby, 2011): each bit of the word turns each bit of the result half the time."""
     word = word & WORD
     word = ((word ^ (word >> 16)) * 0x85EBCA6B) & WORD
     word = ((word ^ (word >> 13)) * 0xC2B2AE35) & WORD

@@ -36,13 +36,16 @@ from recipefuzz.engines.sequential import (
     with_own_loss,
 )
 from recipefuzz.errors import RAISED
+from recipefuzz.recipe import Recipe
 from recipefuzz.targets.baseline import Constant
 from recipefuzz.targets.seeding import seeded
-from recipefuzz.targets.task import Task, TensorRows, some_rows
+from recipefuzz.targets.task import Rows, Task, TensorRows, some_rows
 from recipefuzz.trace import Floats
 from recipefuzz.verdict import Budget, judge
 
 KEPT_STARTS = 64  # initial weights that are kept: a search has one set for each structure
+KEPT_PROGRAMS = 32  # of structures that nothing waits for: a width that is searched makes one for each value
+FEW = 3  # jobs of a structure, under which making its program takes longer than training them one by one
 ROOM = 0.25  # share of the lanes that must be free before new ones are let in: those that start together stay in step
 EVALUATED_ROWS = 512  # as in sequential.evaluate
 
@@ -79,6 +82,7 @@ class FusedEngine:
         self._baselines = Baselines(task, device)
         self._groups: dict[Hashable, _Group] = {}
         self._apart: deque[Job] = deque()
+        self._heldout: dict[tuple[str, str], list[tuple[Tensor, Tensor]]] = {}
         self._starts: OrderedDict[Any, Start] = OrderedDict()
         self._orders: dict[tuple[int, int], _Order] = {}
         self.reasons: dict[Hashable, str] = {}  # why a structure is not fused
@@ -112,6 +116,10 @@ class FusedEngine:
         key, group = max(self._groups.items(), key=lambda item: item[1].busy, default=(None, None))
         if group is None or not group.busy:
             return []
+        if group.lanes is None and group.busy < FEW:  # others have come first, and more of it may have come
+            self._apart.append(group.waiting.popleft())
+            return self.advance()
+        self._groups[key] = self._groups.pop(key)  # the last used is the last to be forgotten
         try:
             with one_thread(), flushed_denormals():
                 return self._chunk(group)
@@ -142,6 +150,7 @@ class FusedEngine:
     def _chunk(self, group: _Group) -> list[Outcome]:
         started = time.perf_counter()
         if group.lanes is None:
+            self._forget_idle()
             self._open(group)
         assert group.lanes is not None
         self._let_in(group)
@@ -174,10 +183,23 @@ class FusedEngine:
             raise NotFusableError("its rows come one by one from a Dataset: return tensors where they fit in memory")
         program = probed(self._task, recipe, train_rows, self._device)
         group.constant = self._baselines.of(recipe)
-        index = some_rows(test_rows, HELDOUT_ROWS).to(test_rows.index_device)
-        group.heldout = [test_rows.take(part) for part in index.split(EVALUATED_ROWS)]
+        group.heldout = self._heldout_of(recipe, test_rows)
         half = recipe.precision == "fp16"
         group.lanes = Lanes(program, train_rows, FAMILIES[recipe.optimizer], half, self._device)
+
+    def _forget_idle(self) -> None:
+        """Programs that were not used for longest, and have no jobs, go."""
+        idle = [key for key, group in self._groups.items() if not group.busy]
+        for key in idle[: max(0, len(idle) - KEPT_PROGRAMS)]:
+            del self._groups[key]
+
+    def _heldout_of(self, recipe: Recipe, rows: Rows) -> list[tuple[Tensor, Tensor]]:
+        """The held-out rows in batches, once for all structures that scale alike."""
+        key = (recipe.input_norm, recipe.target_norm)
+        if key not in self._heldout:
+            index = some_rows(rows, HELDOUT_ROWS).to(rows.index_device)
+            self._heldout[key] = [rows.take(part) for part in index.split(EVALUATED_ROWS)]
+        return self._heldout[key]
 
     def _let_in(self, group: _Group) -> None:
         assert group.lanes is not None

@@ -52,7 +52,7 @@ class _Layer(torch.autograd.Function):
     @staticmethod
     def vmap(info: Any, dims: Any, *args: Any) -> Any:
         tensors = lanes_first(args[:3], dims[:3], info.batch_size)
-        return _Lanes.apply(*tensors, args[3]), (0, 0, 0)
+        return _Lanes.apply(*tensors, args[3]), (0, 0, 0)  # type: ignore[no-untyped-call]
 
 
 def batch_norm(

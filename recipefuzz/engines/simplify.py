@@ -25,19 +25,17 @@ LOG_SOFTMAX, LOG_SOFTMAX_BACKWARD = aten._log_softmax.default, aten._log_softmax
 
 
 def _with_addcmul(recording: Recording) -> Recording:
-    """a b + c in one call, where the product is used for nothing else and is as large as the sum."""
-    uses = _uses(recording)
-    products = {c.outs[0]: c for c in recording.calls if c.op is aten.mul.Tensor and uses[c.outs[0]] == 1}
-    touched = written(recording.calls)
+    """A b + c in one call, where the product is used for nothing else and is as large as the sum."""
+    uses, settled = _uses(recording), _settled(recording, aten.mul.Tensor)
+    products = {c.outs[0]: c for c in recording.calls if c.outs[:1] and c.outs[0] in settled and uses[c.outs[0]] == 1}
     calls = []
     for call in recording.calls:
-        if call.op is aten.add.Tensor and not call.kwargs and all(isinstance(a, Ref) for a in call.args):
+        if call.op is aten.add.Tensor and _is_plain(call):
             product, rest = call.args
             if product.index not in products:
                 product, rest = rest, product
             found = products.get(product.index)
-            plain = found is not None and all(isinstance(a, Ref) and a.index not in touched for a in found.args)
-            if found is not None and plain and found.shapes == call.shapes and rest.index != product.index:
+            if found is not None and _is_plain(found) and found.shapes == call.shapes and rest.index != product.index:
                 call = replace(call, op=aten.addcmul.default, args=(rest, *found.args))
         calls.append(call)
     return replace(recording, calls=tuple(calls))
@@ -110,7 +108,7 @@ def _without_unused(recording: Recording) -> Recording:
 
 def _turned_products(recording: Recording) -> Recording:
     """(a b)^T as b^T a^T: gradients of linear layers then lie in memory as their weights do."""
-    uses, settled = _uses(recording), _settled(recording)
+    uses, settled = _uses(recording), _settled(recording, aten.bmm.default)
     made = {c.outs[0]: c for c in recording.calls if c.whole}
     numbers = _Numbers(recording)
     calls: list[Call] = []
@@ -133,11 +131,16 @@ def _turned_products(recording: Recording) -> Recording:
     return replace(recording, calls=tuple(calls))
 
 
-def _settled(recording: Recording) -> set[int | None]:
+def _is_plain(call: Call) -> bool:
+    """Whether it takes tensors alone, and of one dtype."""
+    return not (call.kwargs or call.mixed) and all(isinstance(a, Ref) for a in call.args)
+
+
+def _settled(recording: Recording, op: Any) -> set[int | None]:
     """Products in whose place another may be computed where they are used: nothing is written in between."""
     last = {n: i for i, call in enumerate(recording.calls) for n in call.reads}
     writes = [0, *accumulate(bool(call.writes) for call in recording.calls)]
-    made = [(i, n) for i, call in enumerate(recording.calls) if call.op is aten.bmm.default for n in call.outs]
+    made = [(i, n) for i, call in enumerate(recording.calls) if call.op is op for n in call.outs]
     return {n for i, n in made if writes[last.get(n or 0, i)] == writes[i]}
 
 
@@ -148,13 +151,12 @@ def _uses(recording: Recording) -> Counter[int | None]:
 
 def _with_bias(recording: Recording) -> Recording:
     """Bias + bmm(a, b) in one call, where the product is used for nothing else."""
-    uses, settled = _uses(recording), _settled(recording)
+    uses, settled = _uses(recording), _settled(recording, aten.bmm.default)
     products = {c.outs[0]: c for c in recording.calls if c.outs[:1] and c.outs[0] in settled and uses[c.outs[0]] == 1}
     fused: set[int | None] = set()
     calls = []
     for call in recording.calls:
-        plain = not (call.kwargs or call.mixed) and all(isinstance(a, Ref) for a in call.args)
-        if call.op is aten.add.Tensor and plain:
+        if call.op is aten.add.Tensor and _is_plain(call):
             bias, product = call.args
             if product.index not in products:
                 bias, product = product, bias
