@@ -11,6 +11,7 @@ from recipefuzz.engines import prepare
 from recipefuzz.engines.capture import CannotCaptureError
 from recipefuzz.engines.not_fusable import NotFusableError
 from recipefuzz.engines.program import CAPTURED_AT, Program, Start, frozen_tensors
+from recipefuzz.engines.sequential import is_lack_of_memory
 from recipefuzz.errors import RAISED
 from recipefuzz.recipe import Recipe
 from recipefuzz.targets.seeding import seeded
@@ -45,6 +46,8 @@ def probed(task: Task, recipe: Recipe, rows: Rows, device: torch.device) -> Prog
         try:
             losses, *gradients = program.step(program.layout.views(trained), frozen, x, y, scale)
         except RAISED as error:
+            if is_lack_of_memory(error):
+                raise
             raise NotFusableError(_said(error)) from error
         mine = [losses[LANE], *(g[LANE] for g in gradients)]
         ordered = [dict(alone.named_parameters())[n] for n in program.layout.names]
