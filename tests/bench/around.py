@@ -91,7 +91,16 @@ def spend(outcomes: list[Outcome], trials: int) -> dict[str, float]:
             ranked, winner = rank_run(config, opened.search.results)
             write_reports(Path(folder), config, opened.search.results, ranked, winner)
     spent["judge"] = trials * _judge_seconds(outcomes, Budget(config.trial.steps, config.trial.extend))
-    return spent | {"MB": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}
+    return spent | {"MB": _peak_megabytes()}
+
+
+def _peak_megabytes() -> float:
+    """Of this process alone: `ru_maxrss` may begin with its parent's."""
+    status = Path("/proc/self/status")
+    if not status.exists():
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+    return int(line.split()[1]) / 1024
 
 
 def _judge_seconds(outcomes: list[Outcome], budget: Budget) -> float:
