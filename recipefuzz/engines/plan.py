@@ -25,7 +25,7 @@ from recipefuzz.targets.task import Task, TensorRows
 
 TRIED_LANES = (8, 16, 32, 64)
 BETTER = 0.95  # of the time a lane took before, that more lanes must save to be worth what they cost the sampler
-WORTH_IT = 0.75  # of a sequential step, over which a lane's step is no gain: in a search not all lanes are full
+WORTH_IT = 0.85  # of a sequential step, over which a lane's step is no gain: in a search not all lanes are full
 REPEATS = 3  # the least time counts: other processes only ever add to it
 LONG = 2.0  # seconds that the measuring may take; then the best so far is taken
 
