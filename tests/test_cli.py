@@ -174,8 +174,10 @@ def test_ctrl_c_keeps_what_is_finished_and_says_how_to_go_on() -> None:
 
     text = QUICK.replace("trials: 6", "trials: 1000000").replace("workers: 0", "workers: 2")  # never done in time
     Path("quick.yaml").write_text(text)
+    # a shell that was started in the background has its children ignore Ctrl-C
+    code = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); from recipefuzz.cli import main; main()"
     process = subprocess.Popen(
-        [sys.executable, "-c", "from recipefuzz.cli import main; main()", "search", "quick.yaml"],
+        [sys.executable, "-c", code, "search", "quick.yaml"],
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
     )  # fmt: skip
     journal = Path("runs/quick/study.journal")
@@ -184,7 +186,10 @@ def test_ctrl_c_keeps_what_is_finished_and_says_how_to_go_on() -> None:
         if journal.exists() and journal.read_text().count('"result"') > 5:
             break
     os.killpg(process.pid, signal.SIGINT)
-    out, _ = process.communicate(timeout=60)
+    try:
+        out, _ = process.communicate(timeout=60)
+    finally:
+        process.kill()
     assert process.returncode == 130, out
     assert "Go on with: recipefuzz search quick.yaml" in out
     assert "Traceback" not in out
