@@ -92,6 +92,6 @@ def _compare(lane: list[Tensor], alone: list[Tensor], recipe: Recipe) -> None:
 
 
 def _said(error: BaseException) -> str:
-    """Vmap's own messages name what it can't do, after which they advise those who call vmap."""
+    """The messages of vmap name what it can't do, after which they advise those who call vmap."""
     first = str(error).strip().partition("\n")[0].partition(". ")[0]
     return f"{type(error).__name__}: {first}" if not isinstance(error, NotFusableError) else str(error)

@@ -21,42 +21,15 @@ FEW_CLASSES = 48  # under which a row does not fill the vectors of the CPU's sof
 
 ALIASES = (aten.detach.default, aten.alias.default, aten.lift_fresh.default)
 RESHAPES = (aten.view.default, aten._unsafe_view.default, aten.expand.default, aten.reshape.default)  # noqa: SLF001
+SUMS = {aten.bmm.default: aten.baddbmm.default, aten.mul.Tensor: aten.addcmul.default}  # a product, and it with a sum
 LOG_SOFTMAX, LOG_SOFTMAX_BACKWARD = aten._log_softmax.default, aten._log_softmax_backward_data.default  # noqa: SLF001
-
-
-def _with_addcmul(recording: Recording) -> Recording:
-    """A b + c in one call, where the product is used for nothing else and is as large as the sum."""
-    uses, settled = _uses(recording), _settled(recording, aten.mul.Tensor)
-    products = {c.outs[0]: c for c in recording.calls if c.outs[:1] and c.outs[0] in settled and uses[c.outs[0]] == 1}
-    calls = []
-    for call in recording.calls:
-        if call.op is aten.add.Tensor and _is_plain(call):
-            product, rest = call.args
-            if product.index not in products:
-                product, rest = rest, product
-            found = products.get(product.index)
-            if found is not None and _is_plain(found) and found.shapes == call.shapes and rest.index != product.index:
-                call = replace(call, op=aten.addcmul.default, args=(rest, *found.args))
-        calls.append(call)
-    return replace(recording, calls=tuple(calls))
-
-
-class _Numbers:
-    """Fresh numbers for new tensors."""
-
-    def __init__(self, recording: Recording) -> None:
-        known = [n for c in recording.calls for n in (*c.outs, *c.reads) if n is not None]
-        self._last = max(known, default=0) + recording.inputs
-
-    def next(self) -> int:
-        self._last += 1
-        return self._last
 
 
 def simplified(recording: Recording, device: torch.device) -> Recording:
     """The recording after all passes."""
     recording = _without_unused(_turned_products(_without_copies(recording)))
-    recording = _without_unused(_with_addcmul(_with_bias(recording)))
+    for product, with_sum in SUMS.items():
+        recording = _without_unused(_summed(recording, product, with_sum))
     return _small_softmax(recording) if device.type == "cpu" else recording
 
 
@@ -149,24 +122,33 @@ def _uses(recording: Recording) -> Counter[int | None]:
     return Counter([*read, *recording.outputs])
 
 
-def _with_bias(recording: Recording) -> Recording:
-    """Bias + bmm(a, b) in one call, where the product is used for nothing else."""
-    uses, settled = _uses(recording), _settled(recording, aten.bmm.default)
+def _summed(recording: Recording, product: Any, with_sum: Any) -> Recording:
+    """The sum of a product and something else in one call, where the product is as large, and used for nothing else."""
+    uses, settled = _uses(recording), _settled(recording, product)
     products = {c.outs[0]: c for c in recording.calls if c.outs[:1] and c.outs[0] in settled and uses[c.outs[0]] == 1}
-    fused: set[int | None] = set()
     calls = []
     for call in recording.calls:
         if call.op is aten.add.Tensor and _is_plain(call):
-            bias, product = call.args
-            if product.index not in products:
-                bias, product = product, bias
-            found = products.get(product.index)
-            if found is not None and found.shapes == call.shapes and bias.index != product.index:
-                fused.add(product.index)
-                calls.append(replace(call, op=aten.baddbmm.default, args=(bias, *found.args)))
-                continue
+            term, rest = call.args
+            if term.index not in products:
+                term, rest = rest, term
+            found = products.get(term.index)
+            if found is not None and _is_plain(found) and found.shapes == call.shapes and rest.index != term.index:
+                call = replace(call, op=with_sum, args=(rest, *found.args))
         calls.append(call)
-    return replace(recording, calls=tuple(c for c in calls if not (c.op is aten.bmm.default and c.outs[0] in fused)))
+    return replace(recording, calls=tuple(calls))
+
+
+class _Numbers:
+    """Fresh numbers for new tensors."""
+
+    def __init__(self, recording: Recording) -> None:
+        known = [n for c in recording.calls for n in (*c.outs, *c.reads) if n is not None]
+        self._last = max(known, default=0) + recording.inputs
+
+    def next(self) -> int:
+        self._last += 1
+        return self._last
 
 
 def _small_softmax(recording: Recording) -> Recording:
@@ -193,7 +175,7 @@ def _call(op: Any, args: tuple[Any, ...], out: int, like: Call) -> Call:
 
 
 def _log_softmax(call: Call, numbers: _Numbers) -> list[Call]:
-    """X - max - log(sum(exp(x - max)))."""
+    """As x - max - log(sum(exp(x - max)))."""
     x, out = call.args[0], call.outs[0] or 0
     top, rest, exps, total, log = (numbers.next() for _ in range(5))
     return [
@@ -207,7 +189,7 @@ def _log_softmax(call: Call, numbers: _Numbers) -> list[Call]:
 
 
 def _log_softmax_backward(call: Call, numbers: _Numbers) -> list[Call]:
-    """Gradient - exp(log softmax) * sum(gradient)."""
+    """As gradient - exp(log softmax) * sum(gradient)."""
     gradient, output, out = call.args[0], call.args[1], call.outs[0] or 0
     total, exps, product = (numbers.next() for _ in range(3))
     return [
