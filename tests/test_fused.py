@@ -27,7 +27,6 @@ from recipefuzz.engines import fused, plan, pool, sequential
 from recipefuzz.engines.capture import CannotCaptureError
 from recipefuzz.engines.fused import FusedEngine
 from recipefuzz.engines.job import Job, run
-from recipefuzz.engines.lane_updates import FAMILIES
 from recipefuzz.engines.lanes import Lanes
 from recipefuzz.engines.memory import SHARE, STATES, free_memory, lanes_that_fit
 from recipefuzz.engines.not_fusable import NotFusableError
@@ -425,8 +424,7 @@ def program_of(name):
 
 def lanes_of(name, jobs=()):
     task, program, starts = program_of(name)
-    _, values, optimizers = INDEPENDENT[name]
-    lanes = Lanes(program, task.train, FAMILIES[optimizers[0]], values.get("precision") == "fp16", CPU)
+    lanes = Lanes(program, task.train)
     lanes.replace([], jobs, [starts[job.seed] for job in jobs])
     return lanes
 
@@ -615,7 +613,6 @@ library = torch.library.Library("_", "IMPL")
 library.fallback(torch.library.fallthrough_kernel, "AutocastPrivateUse1")  # autocast casts nothing there
 
 from recipefuzz.engines.job import Job
-from recipefuzz.engines.lane_updates import FAMILIES
 from recipefuzz.engines.lanes import Lanes
 from recipefuzz.engines.program import Program, Start
 from recipefuzz.recipe import Recipe
@@ -658,7 +655,7 @@ def attempt(name="mlp", loss=LOSSES["cross_entropy"], on=device, captured=False,
                 frozen = [t.repeat(3, *[1] * t.dim()) for t, _ in start.frozen]
                 scale = torch.ones(3, device=device) if recipe.precision == "fp16" else None
                 program.capture(start.flat.repeat(3, 1), frozen, x, y, scale)
-            lanes = Lanes(program, rows, FAMILIES[recipe.optimizer], recipe.precision == "fp16", device)
+            lanes = Lanes(program, rows)
             jobs = [Job(i, recipe.but(clip_norm=[1.0, None][i % 2], clip_value=[None, 1.0][i % 2]), 0) for i in range(5)]
             lanes.replace([], jobs, [start] * 5)
             lanes.run(2, lambda job, start, stop: torch.empty(2, 8, dtype=torch.long))

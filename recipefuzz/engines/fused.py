@@ -12,7 +12,7 @@ from __future__ import annotations
 import time
 from collections import OrderedDict, deque
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -22,15 +22,15 @@ from torch import Tensor
 from recipefuzz.engines import prepare
 from recipefuzz.engines.baselines import Baselines
 from recipefuzz.engines.job import Job, Outcome, structure
-from recipefuzz.engines.lane_updates import FAMILIES
 from recipefuzz.engines.lanes import Lane, Lanes
 from recipefuzz.engines.not_fusable import NotFusableError
-from recipefuzz.engines.probe import probed
-from recipefuzz.engines.program import Start
+from recipefuzz.engines.probe import probed, tensors_of
+from recipefuzz.engines.program import Start, unscaled_model
 from recipefuzz.engines.sequential import (
-    HELDOUT_ROWS,
+    HELDOUT_BATCH,
     SequentialEngine,
     flushed_denormals,
+    heldout_batches,
     is_lack_of_memory,
     one_thread,
     with_own_loss,
@@ -38,8 +38,7 @@ from recipefuzz.engines.sequential import (
 from recipefuzz.errors import RAISED
 from recipefuzz.recipe import Recipe
 from recipefuzz.targets.baseline import Constant
-from recipefuzz.targets.seeding import seeded
-from recipefuzz.targets.task import Rows, Task, TensorRows, some_rows
+from recipefuzz.targets.task import Rows, Task
 from recipefuzz.trace import Floats
 from recipefuzz.verdict import Budget, judge
 
@@ -47,7 +46,6 @@ KEPT_STARTS = 64  # initial weights that are kept: a search has one set for each
 KEPT_PROGRAMS = 32  # of structures that nothing waits for: a width that is searched makes one for each value
 FEW = 3  # jobs of a structure, under which making its program takes longer than training them one by one
 ROOM = 0.25  # share of the lanes that must be free before new ones are let in: those that start together stay in step
-EVALUATED_ROWS = 512  # as in sequential.evaluate
 
 
 @dataclass
@@ -57,7 +55,7 @@ class _Group:
     waiting: deque[Job] = field(default_factory=deque)
     lanes: Lanes | None = None
     constant: Constant | None = None
-    heldout: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    heldout: list[tuple[float, Tensor, Tensor]] = field(default_factory=list)
 
     @property
     def busy(self) -> int:
@@ -82,7 +80,7 @@ class FusedEngine:
         self._baselines = Baselines(task, device)
         self._groups: dict[Hashable, _Group] = {}
         self._apart: deque[Job] = deque()
-        self._heldout: dict[tuple[str, str], list[tuple[Tensor, Tensor]]] = {}
+        self._heldout: dict[tuple[str, str], list[tuple[float, Tensor, Tensor]]] = {}
         self._starts: OrderedDict[Any, Start] = OrderedDict()
         self._orders: dict[tuple[int, int], _Order] = {}
         self.reasons: dict[Hashable, str] = {}  # why a structure is not fused
@@ -132,7 +130,7 @@ class FusedEngine:
                 return []
             if not group.lanes:  # before the first step: it is the structure's, not a recipe's
                 self.reasons[key] = f"its program raised {type(error).__name__}: {error}"
-        self._apart.extend(job for job in self._jobs(group))
+        self._apart.extend(self._jobs(group))
         del self._groups[key]
         return []
 
@@ -160,10 +158,7 @@ class FusedEngine:
         outcomes = self._judge(group, [i for i, lane in enumerate(lanes) if self._at_checkpoint(lane.done)])
         for lane in lanes:
             lane.seconds += (time.perf_counter() - started) / len(lanes)
-        return [self._with_seconds(outcome, lane) for lane, outcome in outcomes]
-
-    def _with_seconds(self, outcome: Outcome, lane: Lane) -> Outcome:
-        return Outcome(outcome.job, outcome.trace, outcome.verdict, outcome.baseline, seconds=lane.seconds)
+        return [replace(outcome, seconds=lane.seconds) for lane, outcome in outcomes]
 
     def _next_checkpoint(self, done: int) -> int:
         return next(c for c in self._budget.checkpoints() if c > done)
@@ -179,13 +174,11 @@ class FusedEngine:
         """
         recipe = group.waiting[0].recipe
         train_rows, test_rows = self._alone.rows_of(recipe)
-        if not isinstance(train_rows, TensorRows):
-            raise NotFusableError("its rows come one by one from a Dataset: return tensors where they fit in memory")
-        program = probed(self._task, recipe, train_rows, self._device)
+        rows = tensors_of(train_rows)
+        program = probed(self._task, recipe, rows, self._device)
         group.constant = self._baselines.of(recipe)
         group.heldout = self._heldout_of(recipe, test_rows)
-        half = recipe.precision == "fp16"
-        group.lanes = Lanes(program, train_rows, FAMILIES[recipe.optimizer], half, self._device)
+        group.lanes = Lanes(program, rows)
 
     def _forget_idle(self) -> None:
         """Programs that were not used for longest, and have no jobs, go."""
@@ -193,12 +186,11 @@ class FusedEngine:
         for key in idle[: max(0, len(idle) - KEPT_PROGRAMS)]:
             del self._groups[key]
 
-    def _heldout_of(self, recipe: Recipe, rows: Rows) -> list[tuple[Tensor, Tensor]]:
+    def _heldout_of(self, recipe: Recipe, rows: Rows) -> list[tuple[float, Tensor, Tensor]]:
         """The held-out rows in batches, once for all structures that scale alike."""
         key = (recipe.input_norm, recipe.target_norm)
         if key not in self._heldout:
-            index = some_rows(rows, HELDOUT_ROWS).to(rows.index_device)
-            self._heldout[key] = [rows.take(part) for part in index.split(EVALUATED_ROWS)]
+            self._heldout[key] = list(heldout_batches(rows))
         return self._heldout[key]
 
     def _let_in(self, group: _Group) -> None:
@@ -213,9 +205,7 @@ class FusedEngine:
     def _start_of(self, job: Job) -> Start:
         key = (job.recipe.norm, job.recipe.extra, job.seed)
         if key not in self._starts:
-            with seeded(job.seed, self._device):
-                model = prepare.build_model(self._task, job.recipe.but(init_scale=1.0), self._device)
-            self._starts[key] = Start.of(model)
+            self._starts[key] = Start.of(unscaled_model(self._task, job.recipe, job.seed, self._device))
             if len(self._starts) > KEPT_STARTS:
                 self._starts.popitem(last=False)
         self._starts.move_to_end(key)
@@ -239,7 +229,7 @@ class FusedEngine:
             lane = lanes[i]
             lane.trace = lane.trace.extended(self._columns(group, lane))
         evaluated = [i for i in due if lanes[i].trace.first_bad is None and self._budget.evaluates_at(lanes[i].done)]
-        at_once = max(1, len(lanes) * lanes[0].job.recipe.batch_size // EVALUATED_ROWS)
+        at_once = max(1, len(lanes) * lanes[0].job.recipe.batch_size // HELDOUT_BATCH)
         for i, loss in zip(evaluated, group.lanes.heldout(evaluated, group.heldout, at_once), strict=True):
             lanes[i].trace = lanes[i].trace.evaluated(loss)
         outcomes = []
@@ -258,9 +248,7 @@ class FusedEngine:
         numbers = lane.take()
         start = lane.done - len(numbers)
         constants = self._order(lane.job).constants(self._task, group, start, lane.done)
-        loss, gradient, broken = numbers[:, 0], numbers[:, 1], numbers[:, 6]
-        bad = ~np.isfinite(loss) | np.isnan(broken) | np.isnan(gradient)
-        return np.column_stack([loss, constants, numbers[:, 1:6], bad])
+        return np.column_stack([numbers[:, 0], constants, numbers[:, 1:]])
 
 
 class _Order:

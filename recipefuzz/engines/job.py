@@ -10,6 +10,9 @@ from recipefuzz.recipe import Recipe
 from recipefuzz.trace import Trace
 from recipefuzz.verdict import Verdict
 
+# optimizers of one family differ in numbers only, see `lane_updates`
+FAMILIES = {"sgd": "sgd", "momentum": "sgd", "adam": "adam", "adamw": "adam", "rmsprop": "rmsprop"}
+
 
 @dataclass(frozen=True)
 class Job:
@@ -45,12 +48,8 @@ class Outcome:
 
 
 def structure(recipe: Recipe) -> Hashable:
-    """What of a recipe decides which operations are launched: lanes of one program are alike in it.
-
-    Optimizers of one family (see `lane_updates`) differ in numbers only.
-    """
-    family = {"momentum": "sgd", "adamw": "adam"}.get(recipe.optimizer, recipe.optimizer)
-    scaling = (recipe.input_norm, recipe.target_norm)
+    """What of a recipe decides which operations are launched: lanes of one program are alike in it."""
+    family, scaling = FAMILIES[recipe.optimizer], (recipe.input_norm, recipe.target_norm)
     return (recipe.norm, family, recipe.precision, recipe.batch_size, scaling, recipe.extra)
 
 

@@ -12,17 +12,18 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from recipefuzz.engines import prepare
 from recipefuzz.recipe import Recipe
 
-FAMILIES = {"sgd": "sgd", "momentum": "sgd", "adam": "adam", "adamw": "adam", "rmsprop": "rmsprop"}
-MOMENTUM, BETA1, BETA2, ALPHA, EPS, ADAMW_DECAY = 0.9, 0.9, 0.999, 0.99, 1e-8, 0.01
+MOMENTUM = float(prepare.OPTIMIZERS["momentum"][1]["momentum"])
+BETA1, BETA2, ALPHA, EPS, ADAMW_DECAY = 0.9, 0.999, 0.99, 1e-8, 0.01  # torch's defaults
 
 
 class LaneUpdate:
     """State and settings of the lanes' optimizers.
 
     Args:
-        family: a value of `FAMILIES`.
+        family: a value of `job.FAMILIES`.
         size: parameters of a lane.
         used: 1 for parameters that get gradients and 0 for those that torch.optim would leave alone, (size,);
             None where all do.
@@ -32,7 +33,6 @@ class LaneUpdate:
         self._family, self._used, self._device = family, used, device
         self.state = [torch.zeros(0, size, device=device) for _ in range(2 if family == "adam" else 1)]
         self.steps = torch.zeros(0, 1, dtype=torch.float64, device=device)
-        self._recipes: list[Recipe] = []
 
     def keep(self, index: Tensor, kept: Sequence[Recipe], new: Sequence[Recipe]) -> None:
         """Go on with some lanes, in this order, and with new ones after them."""

@@ -18,15 +18,16 @@ from torch import Tensor
 from torch.linalg import vector_norm
 
 from recipefuzz.engines import prepare
-from recipefuzz.engines.job import Job
+from recipefuzz.engines.job import FAMILIES, Job
 from recipefuzz.engines.lane_updates import LaneUpdate, with_zeros
-from recipefuzz.engines.loss_scaling import BACKOFF, GROWTH, GROWTH_INTERVAL, INITIAL
+from recipefuzz.engines.loss_scaling import INITIAL, next_scale
 from recipefuzz.engines.program import Program, Start
+from recipefuzz.engines.recorder import with_bad_flag
 from recipefuzz.targets.task import TensorRows
 from recipefuzz.trace import Floats, Trace
 
 CLIP_EPS = 1e-6  # as in torch.nn.utils.clip_grads_with_norm_
-RECORDED = 7  # loss; norms of gradient, update, weights' change, weights, parameters; NaN if a parameter is not finite
+RECORDED = 7  # the numbers of `Recorder.take`
 
 
 @dataclass
@@ -54,17 +55,17 @@ class Lanes:
 
     Args:
         rows: training rows on the device, scaled as the structure says.
-        family: of the optimizer, see `lane_updates`.
     """
 
-    def __init__(self, program: Program, rows: TensorRows, family: str, half: bool, device: torch.device) -> None:
-        self._program, self.rows, self._device = program, rows, device
+    def __init__(self, program: Program, rows: TensorRows) -> None:
+        self._program, self.rows, self._device = program, rows, program.device
+        device, family = program.device, FAMILIES[program.recipe.optimizer]
         self.lanes: list[Lane] = []
         self._flat = self._spare = torch.zeros(0, program.layout.size, device=device)
         self._frozen: list[Tensor] = []
         self._zeros = torch.zeros(program.layout.size, device=device)
         self._update = LaneUpdate(family, program.layout.size, program.used(), device)
-        self._scales = torch.zeros(0, 1, device=device) if half else None
+        self._scales = torch.zeros(0, 1, device=device) if program.recipe.precision == "fp16" else None
         self._clean = torch.zeros(0, 1, device=device)
 
     def replace(self, keep: Sequence[int], new: Sequence[Job], starts: Sequence[Start]) -> None:
@@ -99,8 +100,8 @@ class Lanes:
                 return None
             return torch.tensor([math.inf if v is None else v for v in values], device=self._device)[:, None]
 
-        self._clip_norm = limits([r.clip_norm for r in recipes])
-        self._unclipped = None if self._clip_norm is None else torch.isinf(self._clip_norm)
+        norms = limits([r.clip_norm for r in recipes])
+        self._clip_norm = None if norms is None else (norms, torch.isinf(norms))  # and the lanes without
         self._clip_value = limits([r.clip_value for r in recipes])
 
     def run(self, steps: int, order_of: Callable[[Job, int, int], Tensor]) -> None:
@@ -118,7 +119,7 @@ class Lanes:
         with torch.inference_mode(self._program.recorded), torch.no_grad():
             for step in range(steps):
                 self._step(index[step], rates[step], recorded[step])
-        numbers = recorded.cpu().numpy().astype(np.float64)
+        numbers = with_bad_flag(recorded).cpu().numpy().astype(np.float64)
         for i, lane in enumerate(self.lanes):
             lane.chunks.append(numbers[:, :, i])
             lane.done += steps
@@ -130,14 +131,15 @@ class Lanes:
         gradient = torch.cat([g.reshape(len(g), -1) for g in gradients], dim=1)
         overflow = None if self._scales is None else self._unscale(gradient)
         norm = vector_norm(gradient, dim=1, keepdim=True)
-        if self._clip_norm is not None and self._unclipped is not None:
-            share = (self._clip_norm / (norm + CLIP_EPS)).clamp(max=1.0)
-            gradient.mul_(torch.where(self._unclipped, 1.0, share))
+        if self._clip_norm is not None:
+            most, without = self._clip_norm
+            share = (most / (norm + CLIP_EPS)).clamp(max=1.0)
+            gradient.mul_(torch.where(without, 1.0, share))
         if self._clip_value is not None:
             torch.clamp(gradient, -self._clip_value, self._clip_value, out=gradient)
-        before = None if overflow is None else [t.clone() for t in self._update.tensors()]
+        before = [] if overflow is None else [t.clone() for t in self._update.tensors()]
         self._update.apply(self._flat, gradient, rate, out=self._spare)
-        if overflow is not None and before is not None:
+        if overflow is not None:
             self._take_back(overflow, before)
         weights_moved, moved = self._norms(torch.sub(self._spare, self._flat, out=gradient))
         broken = torch.mv(self._spare, self._zeros)  # a maximum would take thirty times as long on a CPU
@@ -169,19 +171,15 @@ class Lanes:
         for now, old in zip(self._update.tensors(), before, strict=True):
             now.copy_(torch.where(overflow, old, now))
         self._spare.copy_(torch.where(overflow, self._flat, self._spare))
-        clean = torch.where(overflow, 0.0, self._clean + 1)
-        grow = clean >= GROWTH_INTERVAL
-        scale = self._scales * torch.where(overflow, BACKOFF, torch.where(grow, GROWTH, 1.0))
-        self._scales = torch.where(torch.isfinite(scale), scale, self._scales)
-        self._clean = torch.where(grow, 0.0, clean)
+        self._scales, self._clean = next_scale(self._scales, self._clean, overflow)
 
-    def heldout(self, which: Sequence[int], parts: Sequence[tuple[Tensor, Tensor]], at_once: int) -> list[float]:
-        """Held-out losses of some lanes, over batches (x, y) of rows; `at_once` lanes are evaluated together."""
+    def heldout(self, which: Sequence[int], parts: Sequence[tuple[float, Tensor, Tensor]], at_once: int) -> list[float]:
+        """Held-out losses of some lanes, over `heldout_batches`; `at_once` lanes are evaluated together."""
         losses = []
         for start, stop in pairwise([*range(0, len(which), at_once), len(which)]):
             index = torch.tensor(which[start:stop], device=self._device)
             trained = self._program.layout.views(self._flat[index])
             frozen = [f[index] for f in self._frozen]
-            found = [self._program.heldout_losses(trained, frozen, x, y) * len(x) for x, y in parts]
-            losses += (torch.stack(found).sum(0) / sum(len(x) for x, _ in parts)).tolist()
+            found = [self._program.heldout_losses(trained, frozen, x, y) * share for share, x, y in parts]
+            losses += torch.stack(found).sum(0).tolist()
         return losses

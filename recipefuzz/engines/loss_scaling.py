@@ -56,12 +56,15 @@ class LossScaler:
         self._update(overflow)
 
     def _update(self, overflow: Tensor) -> None:
-        clean = torch.where(overflow, 0.0, self._clean_steps + 1)
-        grow = clean >= GROWTH_INTERVAL
-        factor = torch.where(overflow, BACKOFF, torch.where(grow, GROWTH, 1.0))
-        scale = self._scale * factor
-        self._scale = torch.where(torch.isfinite(scale), scale, self._scale)
-        self._clean_steps = torch.where(grow, 0.0, clean)
+        self._scale, self._clean_steps = next_scale(self._scale, self._clean_steps, overflow)
+
+
+def next_scale(scale: Tensor, clean_steps: Tensor, overflow: Tensor) -> tuple[Tensor, Tensor]:
+    """The scale, and the steps since an overflow, after a step with one or without: of one trial, or of lanes."""
+    clean = torch.where(overflow, 0.0, clean_steps + 1)
+    grow = clean >= GROWTH_INTERVAL
+    scaled = scale * torch.where(overflow, BACKOFF, torch.where(grow, GROWTH, 1.0))
+    return torch.where(torch.isfinite(scaled), scaled, scale), torch.where(grow, 0.0, clean)
 
 
 def _restore(value: Tensor, old: Tensor | None, overflow: Tensor) -> None:

@@ -11,17 +11,16 @@ import torch
 from recipefuzz.config import Config
 from recipefuzz.engines import prepare
 from recipefuzz.engines.job import Job
-from recipefuzz.engines.lane_updates import FAMILIES
 from recipefuzz.engines.lanes import Lanes
 from recipefuzz.engines.memory import lanes_that_fit
 from recipefuzz.engines.not_fusable import NotFusableError
-from recipefuzz.engines.probe import plain_step, probed
-from recipefuzz.engines.program import Start
+from recipefuzz.engines.probe import plain_step, probed, tensors_of
+from recipefuzz.engines.program import Start, unscaled_model
 from recipefuzz.engines.sequential import flushed_denormals, one_thread
 from recipefuzz.errors import InputError
 from recipefuzz.recipe import Recipe
 from recipefuzz.targets.seeding import seeded
-from recipefuzz.targets.task import Task, TensorRows
+from recipefuzz.targets.task import Task
 
 TRIED_LANES = (8, 16, 32, 64)
 BETTER = 0.95  # of the time a lane took before, that more lanes must save to be worth what they cost the sampler
@@ -76,21 +75,20 @@ def planned(config: Config, task: Task, recipe: Recipe, device: torch.device, pr
 
 def _measured(task: Task, recipe: Recipe, device: torch.device, processes: int) -> Plan:
     with seeded(0, device):
-        rows = prepare.rows_for(task, recipe)[0].to(device)
-    if not isinstance(rows, TensorRows):
-        raise NotFusableError("its rows come one by one from a Dataset: return tensors where they fit in memory")
+        rows = tensors_of(prepare.rows_for(task, recipe)[0].to(device))
     program = probed(task, recipe, rows, device)
-    model = prepare.build_model(task, recipe, device)
-    order = prepare.BatchOrder(len(rows), recipe.batch_size, 0).draw(4, rows.index_device)
-    alone = _least(lambda: plain_step(task, recipe, model, *rows.take(order[0])), device)
+    model = unscaled_model(task, recipe, 0, device)
+    order = prepare.BatchOrder(len(rows), recipe.batch_size, 0).draw(2, rows.index_device)
+    weights = prepare.trainable(model)
+    alone = _least(lambda: plain_step(task, recipe, model, weights, *rows.take(order[0])), device)
     fits = lanes_that_fit(program.bytes_per_lane, program.layout.size, device, processes)
     best, lanes, started = float("inf"), 0, time.perf_counter()
     for tried in TRIED_LANES:
         if tried > max(fits, TRIED_LANES[0]) or time.perf_counter() - started > LONG:
             break
-        many = Lanes(program, rows, FAMILIES[recipe.optimizer], recipe.precision == "fp16", device)
+        many = Lanes(program, rows)
         many.replace([], [Job(i, recipe, 0) for i in range(tried)], [Start.of(model)] * tried)
-        each = _least(lambda m=many: m.run(2, lambda _, start, stop: order[:2]), device) / 2 / tried  # type: ignore[misc] # noqa: ARG005
+        each = _least(lambda m=many: m.run(2, lambda _, start, stop: order), device) / 2 / tried  # type: ignore[misc] # noqa: ARG005
         if each > BETTER * best:
             break
         best, lanes = each, tried

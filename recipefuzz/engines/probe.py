@@ -10,12 +10,11 @@ from torch import Tensor, nn
 from recipefuzz.engines import prepare
 from recipefuzz.engines.capture import CannotCaptureError
 from recipefuzz.engines.not_fusable import NotFusableError
-from recipefuzz.engines.program import CAPTURED_AT, Program, Start, frozen_tensors
+from recipefuzz.engines.program import CAPTURED_AT, Program, Start, frozen_tensors, unscaled_model
 from recipefuzz.engines.sequential import is_lack_of_memory
 from recipefuzz.errors import RAISED
 from recipefuzz.recipe import Recipe
-from recipefuzz.targets.seeding import seeded
-from recipefuzz.targets.task import Rows, Task
+from recipefuzz.targets.task import Rows, Task, TensorRows
 
 TOLERANCE = 1e-3  # of a loss or a gradient, relative to the largest: what rounding makes of two steps
 HALF_TOLERANCE = 0.05  # bf16 keeps 8 bits, and sums in another order differ in some of them
@@ -24,19 +23,31 @@ RATE = 1e-3
 LANE = 1  # that is compared: neither the first nor the last
 
 
-def probed(task: Task, recipe: Recipe, rows: Rows, device: torch.device) -> Program:
+def tensors_of(rows: Rows) -> TensorRows:
+    """The rows of a target that can be fused.
+
+    Raises:
+        NotFusableError: others.
+    """
+    if not isinstance(rows, TensorRows):
+        raise NotFusableError("its rows come one by one from a Dataset: return tensors where they fit in memory")
+    return rows
+
+
+def probed(task: Task, recipe: Recipe, rows: TensorRows, device: torch.device) -> Program:
     """The program of a recipe's structure, recorded where it can be.
 
     Raises:
         NotFusableError: lanes can't be run, or compute something else than the model alone.
     """
-    lent, alone = (_model(task, recipe, device) for _ in range(2))
+    lent, alone = (unscaled_model(task, recipe, 0, device) for _ in range(2))
     lanes = max(CAPTURED_AT)
     shares = torch.linspace(1.0, 0.5, lanes, device=device)
     with torch.no_grad():
         for parameter in prepare.trainable(alone):
             parameter.mul_(shares[LANE])
     program, start = Program(task, recipe, lent, device), Start.of(lent)
+    ordered = [alone.get_parameter(name) for name in program.layout.names]
     trained = shares[:, None] * start.flat
     frozen = [t.repeat(lanes, *[1] * t.dim()) for t, _ in start.frozen]
     scale = torch.ones(lanes, device=device) if recipe.precision == "fp16" else None
@@ -50,8 +61,7 @@ def probed(task: Task, recipe: Recipe, rows: Rows, device: torch.device) -> Prog
                 raise
             raise NotFusableError(_said(error)) from error
         mine = [losses[LANE], *(g[LANE] for g in gradients)]
-        ordered = [dict(alone.named_parameters())[n] for n in program.layout.names]
-        _compare(mine, plain_step(task, recipe, alone, x[LANE], y[LANE], ordered), recipe)
+        _compare(mine, plain_step(task, recipe, alone, ordered, x[LANE], y[LANE]), recipe)
         trained = trained - RATE * torch.cat([g.reshape(lanes, -1) for g in gradients], dim=1)
         if step == 0:  # the recording is what makes, and is compared at, the second
             with contextlib.suppress(CannotCaptureError):
@@ -60,19 +70,13 @@ def probed(task: Task, recipe: Recipe, rows: Rows, device: torch.device) -> Prog
     return program
 
 
-def _model(task: Task, recipe: Recipe, device: torch.device) -> nn.Module:
-    with seeded(0, device):
-        return prepare.build_model(task, recipe.but(init_scale=1.0), device)
-
-
 def plain_step(
-    task: Task, recipe: Recipe, model: nn.Module, x: Tensor, y: Tensor, ordered: list[nn.Parameter] | None = None
+    task: Task, recipe: Recipe, model: nn.Module, parameters: list[nn.Parameter], x: Tensor, y: Tensor
 ) -> list[Tensor]:
     """Loss and gradients of one step of gradient descent, which is then made.
 
     An optimizer of torch.optim would import torch._dynamo, which takes as long as a small search.
     """
-    parameters = prepare.trainable(model) if ordered is None else ordered
     with prepare.autocast(recipe, x.device):
         loss = task.loss(model(x), y)
     found = torch.autograd.grad(loss.float(), parameters, allow_unused=True)

@@ -19,9 +19,16 @@ from recipefuzz.engines.lanewise import LanewiseForms
 from recipefuzz.engines.not_fusable import NotFusableError
 from recipefuzz.engines.simplify import simplified
 from recipefuzz.recipe import Recipe
+from recipefuzz.targets.seeding import seeded
 from recipefuzz.targets.task import Task
 
 CAPTURED_AT = (2, 3)  # lanes; their sizes tell what is linear in the lanes
+
+
+def unscaled_model(task: Task, recipe: Recipe, seed: int, device: torch.device) -> nn.Module:
+    """The structure's model before init_scale."""
+    with seeded(seed, device):
+        return prepare.build_model(task, recipe.but(init_scale=1.0), device)
 
 
 class Layout:
@@ -86,7 +93,7 @@ class Program:
     """
 
     def __init__(self, task: Task, recipe: Recipe, model: nn.Module, device: torch.device) -> None:
-        self._task, self._recipe, self._device = task, recipe, device
+        self._task, self.recipe, self.device = task, recipe, device
         self._model = model
         self.layout = Layout(model)
         self._frozen_names = list(frozen_tensors(model))
@@ -100,7 +107,7 @@ class Program:
     def _lane_loss(self, trained: Sequence[Tensor], frozen: Sequence[Tensor], x: Tensor, y: Tensor) -> Tensor:
         tensors = dict(zip(self.layout.names, trained, strict=True))
         tensors |= dict(zip(self._frozen_names, frozen, strict=True))
-        with prepare.autocast(self._recipe, self._device):
+        with prepare.autocast(self.recipe, self.device):
             output = functional_call(self._model, tensors, (x,))
             return self._task.loss(output, y).reshape(())
 
@@ -135,7 +142,7 @@ class Program:
             tensors = [trained[:lanes].clone(), *(f[:lanes].clone() for f in frozen), x[:lanes], y[:lanes]]
             inputs = [*self.layout.views(tensors[0]), *tensors[1:], *([] if scale is None else [scale[:lanes]])]
             recordings.append(record(self._flat_call, inputs))
-        recording = simplified(linear_in_lanes(recordings[0], recordings[1], CAPTURED_AT), self._device)
+        recording = simplified(linear_in_lanes(recordings[0], recordings[1], CAPTURED_AT), self.device)
         self.bytes_per_lane = bytes_per_lane(recording)
         self._make = replaying(recording)
         self._replays.clear()
@@ -156,7 +163,7 @@ class Program:
             return None
         flags = [float(i not in self.unused) for i in range(len(self.layout.names))]
         parts = [torch.full((n,), flag) for n, flag in zip(self.layout.sizes, flags, strict=True)]
-        return torch.cat(parts).to(self._device)
+        return torch.cat(parts).to(self.device)
 
     def step(
         self, trained: Sequence[Tensor], frozen: Sequence[Tensor], x: Tensor, y: Tensor, scale: Tensor | None

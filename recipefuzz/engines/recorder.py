@@ -41,14 +41,18 @@ class Recorder:
         self._flat, self._sizes = after, self._norms(after)
 
     def take(self) -> Tensor:
-        """All steps since: loss; norms of gradient, update, weights' change, weights, parameters; bad?: (steps, 7).
-
-        Bad is a step with a loss or a parameter that is not finite, or NaN in the gradient. A gradient norm of
-        inf is not enough: the squares of finite gradients can overflow in their sum, and clipping then makes an
-        empty step.
-        """
+        """All steps since: loss; norms of gradient, update, weights' change, weights, parameters; bad?: (steps, 7)."""
         rows = torch.stack(self._rows)
         self._rows.clear()
-        loss, gradient, broken = rows[:, 0], rows[:, 1], rows[:, 6]
-        bad = ~torch.isfinite(loss) | torch.isnan(broken) | torch.isnan(gradient)
-        return torch.cat([rows[:, :6], bad[:, None].float()], dim=1)
+        return with_bad_flag(rows)
+
+
+def with_bad_flag(recorded: Tensor) -> Tensor:
+    """(steps, 7, ...) with the last column, NaN if a parameter is not finite, made a flag: 1 for a bad step, else 0.
+
+    Bad is a step with a loss or a parameter that is not finite, or NaN in the gradient. A gradient norm of inf is not
+    enough: the squares of finite gradients can overflow in their sum, and clipping then makes an empty step.
+    """
+    loss, gradient, broken = recorded[:, 0], recorded[:, 1], recorded[:, 6]
+    bad = ~torch.isfinite(loss) | torch.isnan(broken) | torch.isnan(gradient)
+    return torch.cat([recorded[:, :6], bad[:, None].float()], dim=1)

@@ -32,6 +32,7 @@ from recipefuzz.trace import Floats, Trace
 from recipefuzz.verdict import Budget, judge
 
 HELDOUT_ROWS = 2048  # held-out rows an evaluation reads at most: the loss is then right to about 2 %
+HELDOUT_BATCH = 512
 
 
 class Stepper:
@@ -122,11 +123,17 @@ def _chunk(task: Task, stepper: Stepper, rows: Rows, batches: Tensor, constant: 
 def evaluate(task: Task, model: nn.Module, rows: Rows, device: torch.device) -> float:
     """Held-out loss in eval mode, in fp32. The trial's random numbers go on as if it had not been asked."""
     model.eval()
-    index = some_rows(rows, HELDOUT_ROWS).to(rows.index_device)
     with torch.no_grad(), seeded(0, device):
-        losses = [task.loss(model(x), y).float() * len(part) for part in index.split(512) for x, y in [rows.take(part)]]
+        losses = [task.loss(model(x), y).float() * share for share, x, y in heldout_batches(rows)]
     model.train()
-    return float(torch.stack(losses).sum() / len(index))
+    return float(torch.stack(losses).sum())
+
+
+def heldout_batches(rows: Rows) -> Iterator[tuple[float, Any, Any]]:
+    """What an evaluation reads: inputs and targets of some rows, and which share they are of all that it reads."""
+    index = some_rows(rows, HELDOUT_ROWS).to(rows.index_device)
+    for part in index.split(HELDOUT_BATCH):
+        yield (len(part) / len(index), *rows.take(part))
 
 
 @contextmanager

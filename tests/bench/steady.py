@@ -32,7 +32,6 @@ def _train(width: int, lanes: int, steps: int, repeats: int) -> list[float]:
     from recipefuzz.config import parse_config
     from recipefuzz.engines import prepare
     from recipefuzz.engines.job import Job
-    from recipefuzz.engines.lane_updates import FAMILIES
     from recipefuzz.engines.lanes import Lanes
     from recipefuzz.engines.memory import keep_freed_memory
     from recipefuzz.engines.probe import probed
@@ -46,7 +45,7 @@ def _train(width: int, lanes: int, steps: int, repeats: int) -> list[float]:
     config = parse_config({"target": model, "recipe": {"optimizer": "momentum", "clip_norm": 1}})
     task, device, recipe = resolve(config), torch.device("cpu"), config.default_recipe()
     rows: Any = prepare.rows_for(task, recipe)[0]
-    many = Lanes(probed(task, recipe, rows, device), rows, FAMILIES[recipe.optimizer], False, device)
+    many = Lanes(probed(task, recipe, rows, device), rows)
     rates = torch.logspace(-3, -1, lanes).tolist()
     start = Start.of(prepare.build_model(task, recipe, device))
     many.replace([], [Job(i, recipe.but(lr=rate), 0) for i, rate in enumerate(rates)], [start] * lanes)
