@@ -101,7 +101,7 @@ def _train(
     config: Config, task: Task, recipes: list[Recipe], listener: Listener, results: dict[int, TrialResult]
 ) -> None:
     """Fill `results` by row, as they finish."""
-    engine = open_engine(config, task, listener.say, most=len(recipes))
+    engine = open_engine(config, task, listener.say, most=len(recipes), recipe=recipes[0])
     listener.begin(Phase.SEARCH, (), len(recipes))
     try:
         for outcome in run(engine, [Job(i, recipe, config.trial.seed) for i, recipe in enumerate(recipes)]):

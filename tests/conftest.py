@@ -34,6 +34,37 @@ def loss(output, target):
 
 """
 
+# what scripts on the pretend accelerator begin with: it is registered, and `moved` puts a model there
+FAKE_GPU = r"""
+import numpy as np, torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils import backend_registration
+
+class Module(backend_registration._DummyBackendModule):
+    def get_amp_supported_dtype(self):
+        return [torch.float16, torch.bfloat16]
+
+backend_registration._setup_privateuseone_for_python_backend("fakegpu", backend_module=Module())
+library = torch.library.Library("_", "IMPL")
+library.fallback(torch.library.fallthrough_kernel, "AutocastPrivateUse1")  # autocast casts nothing there
+
+device = torch.device("fakegpu")
+
+
+def moved(model):
+    # Module.to() can't exchange fake parameters for others
+    for module in model.modules():
+        for name, p in module._parameters.items():
+            if p is not None:
+                setattr(module, name, nn.Parameter(torch.empty(p.shape, device=device)))
+        for name, b in module._buffers.items():
+            if b is not None:
+                setattr(module, name, torch.empty(b.shape, dtype=b.dtype, device=device))
+    return model.train()
+
+"""
+
 WriteStudy = Callable[..., "Config"]
 
 

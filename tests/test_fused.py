@@ -15,6 +15,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from conftest import FAKE_GPU
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -597,21 +598,10 @@ def test_operations_of_a_step_do_not_grow_with_the_lanes(name):
     assert operations_of_a_step(4) == operations_of_a_step(5) == operations_of_a_step(16)
 
 
-ON_FAKE_GPU = r"""
+ON_FAKE_GPU = (
+    FAKE_GPU
+    + r"""
 import json, sys
-import numpy as np, torch
-from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils import backend_registration
-
-class Module(backend_registration._DummyBackendModule):
-    def get_amp_supported_dtype(self):
-        return [torch.float16, torch.bfloat16]
-
-backend_registration._setup_privateuseone_for_python_backend("fakegpu", backend_module=Module())
-library = torch.library.Library("_", "IMPL")
-library.fallback(torch.library.fallthrough_kernel, "AutocastPrivateUse1")  # autocast casts nothing there
-
 from recipefuzz.engines.job import Job
 from recipefuzz.engines.lanes import Lanes
 from recipefuzz.engines.program import Program, Start
@@ -620,22 +610,10 @@ from recipefuzz.targets.builtin.models import MODELS
 from recipefuzz.targets.losses import LOSSES
 from recipefuzz.targets.task import Task, TensorRows
 
-device, tensor = torch.device("fakegpu"), torch.tensor
+tensor = torch.tensor
 # a constant is copied in earnest, under FakeTensorMode too, for which this device has no memory
 torch.tensor = lambda data, *, dtype=None, device="cpu": torch.empty(np.shape(data), dtype=tensor(data, dtype=dtype).dtype, device=device)
 SHAPES = {"mlp": (64, 16), "cnn": (64, 1, 8, 8), "transformer": (64, 3, 3)} | dict.fromkeys(("rnn", "gru", "lstm"), (64, 3, 3))
-
-
-def moved(model):
-    # Module.to() can't exchange fake parameters for others
-    for module in model.modules():
-        for name, p in module._parameters.items():
-            if p is not None:
-                setattr(module, name, nn.Parameter(torch.empty(p.shape, device=device)))
-        for name, b in module._buffers.items():
-            if b is not None:
-                setattr(module, name, torch.empty(b.shape, dtype=b.dtype, device=device))
-    return model.train()
 
 
 def attempt(name="mlp", loss=LOSSES["cross_entropy"], on=device, captured=False, **values):
@@ -705,6 +683,7 @@ results["scalar on the cpu"] = attempt(loss=scalar_on_the_cpu)
 results["target on the cpu"] = attempt(on=torch.device("cpu"))
 json.dump(results, sys.stdout)
 """
+)
 
 
 @pytest.fixture(scope="session")

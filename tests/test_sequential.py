@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import FAKE_GPU
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import Dataset
@@ -69,21 +70,10 @@ def bits(trace):
 
 # --- on the pretend accelerator, in a process of its own: the backend can't be unregistered
 
-ON_FAKE_GPU = r"""
+ON_FAKE_GPU = (
+    FAKE_GPU
+    + r"""
 import itertools, json, sys
-import numpy as np, torch
-from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils import backend_registration
-
-class Module(backend_registration._DummyBackendModule):
-    def get_amp_supported_dtype(self):
-        return [torch.float16, torch.bfloat16]
-
-backend_registration._setup_privateuseone_for_python_backend("fakegpu", backend_module=Module())
-library = torch.library.Library("_", "IMPL")
-library.fallback(torch.library.fallthrough_kernel, "AutocastPrivateUse1")  # autocast casts nothing there
-
 from recipefuzz.engines import prepare
 from recipefuzz.engines.loss_scaling import LossScaler
 from recipefuzz.engines.sequential import Stepper, _chunk
@@ -94,20 +84,7 @@ from recipefuzz.targets.losses import LOSSES
 from recipefuzz.targets.task import Task, TensorRows
 from recipefuzz.trace import COLUMNS
 
-device = torch.device("fakegpu")
 SHAPES = {"mlp": (64, 16), "rnn": (64, 5, 3), "cnn": (64, 1, 8, 8), "transformer": (64, 5, 3)}
-
-
-def moved(model):
-    # Module.to() can't exchange fake parameters for others
-    for module in model.modules():
-        for name, p in module._parameters.items():
-            if p is not None:
-                setattr(module, name, nn.Parameter(torch.empty(p.shape, device=device)))
-        for name, b in module._buffers.items():
-            if b is not None:
-                setattr(module, name, torch.empty(b.shape, dtype=b.dtype, device=device))
-    return model.train()
 
 
 def attempt(name="mlp", loss=LOSSES["cross_entropy"], spoil=lambda model: None, on=device, custom=False, **values):
@@ -210,6 +187,7 @@ results["parameter on the cpu"] = attempt(spoil=parameter_on_the_cpu)
 results["registered"] = torch._C._get_privateuse1_backend_name()
 json.dump(results, sys.stdout)
 """
+)
 
 
 @pytest.fixture(scope="session")

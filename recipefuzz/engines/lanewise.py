@@ -16,8 +16,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
 from recipefuzz.engines import lanewise_rnn
+from recipefuzz.engines.in_lanes import in_lanes
 from recipefuzz.engines.lanewise_norm import BatchNorm, batch_norm
-from recipefuzz.engines.lanewise_rnn import lanes_first
 from recipefuzz.engines.not_fusable import NotFusableError
 from recipefuzz.targets.losses import IGNORED
 
@@ -36,28 +36,15 @@ class LanewiseForms(TorchFunctionMode):
         return form(*args, **(kwargs or {}))
 
 
-class _Attention(torch.autograd.Function):
+@in_lanes
+def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool, scale: Any) -> Tensor:
     """Lanes are rows of the batch: attention has no parameters of its own."""
-
-    generate_vmap_rule = False
-
-    @staticmethod
-    def forward(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool, scale: Any) -> Tensor:
-        return Attention(query, key, value, attn_mask=mask, is_causal=causal, scale=scale)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Any) -> None: ...
-
-    @staticmethod
-    def vmap(info: Any, dims: Any, *args: Any) -> tuple[Tensor, int]:
-        *tensors, mask, causal, scale = args
-        query, key, value = lanes_first(tensors, dims[:3], info.batch_size)
-        if mask is not None:
-            (mask,) = lanes_first([mask], dims[3:4], info.batch_size)
-            mask = mask.expand(*query.shape[:-1], key.shape[-2]).flatten(0, 1)
-        flat = [t.flatten(0, 1) for t in (query, key, value)]
-        attended = Attention(flat[0], flat[1], flat[2], attn_mask=mask, is_causal=causal, scale=scale)
-        return attended.unflatten(0, query.shape[:2]), 0
+    if mask is not None:
+        mask = mask.expand(*query.shape[:-1], key.shape[-2]).flatten(0, 1)
+    flat = [t.flatten(0, 1) for t in (query, key, value)]
+    attended = Attention(flat[0], flat[1], flat[2], attn_mask=mask, is_causal=causal, scale=scale)
+    unfolded: Tensor = attended.unflatten(0, query.shape[:2])
+    return unfolded
 
 
 def _attention(
@@ -74,7 +61,8 @@ def _attention(
         raise NotFusableError(
             "scaled_dot_product_attention with dropout, grouped queries or no batch has no lane-wise form"
         )
-    return _Attention.apply(query, key, value, attn_mask, is_causal, scale)  # type: ignore[no-any-return, no-untyped-call]
+    attended: Tensor = _attend(query, key, value, attn_mask, is_causal, scale)
+    return attended
 
 
 def _cross_entropy(output: Tensor, target: Tensor, **options: Any) -> Tensor:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from recipefuzz.engines.lanewise_rnn import lanes_first
+from recipefuzz.engines.in_lanes import in_lanes
 
 BatchNorm = torch.nn.functional.batch_norm
 
@@ -40,19 +40,9 @@ class _Lanes(torch.autograd.Function):
         return d_x, d_weight.squeeze(1), d_bias.squeeze(1), None
 
 
-class _Layer(torch.autograd.Function):
-    """The same for one lane under vmap."""
-
-    @staticmethod
-    def forward(*args: Any) -> Any: ...
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Any) -> None: ...
-
-    @staticmethod
-    def vmap(info: Any, dims: Any, *args: Any) -> Any:
-        tensors = lanes_first(args[:3], dims[:3], info.batch_size)
-        return _Lanes.apply(*tensors, args[3]), (0, 0, 0)  # type: ignore[no-untyped-call]
+@in_lanes
+def _normalized(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Any:
+    return _Lanes.apply(x, weight, bias, eps)  # type: ignore[no-untyped-call]
 
 
 def batch_norm(
@@ -68,7 +58,7 @@ def batch_norm(
     """The lane-wise form of `functional.batch_norm` for (B, F) in training; other cases are torch's own."""
     if not training or x.dim() != 2 or len(x) < 2 or weight is None or bias is None:
         return BatchNorm(x, running_mean, running_var, weight, bias, training, momentum, eps)
-    out, mean, variance = _Layer.apply(x, weight, bias, eps)  # type: ignore[no-untyped-call]
+    out, mean, variance = _normalized(x, weight, bias, eps)
     if running_mean is not None and running_var is not None:
         running_mean.mul_(1 - momentum).add_(mean * momentum)
         running_var.mul_(1 - momentum).add_(variance * (momentum * len(x) / (len(x) - 1)))

@@ -15,15 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from recipefuzz.engines.in_lanes import in_lanes
 from recipefuzz.engines.not_fusable import NotFusableError
 
 sigmoid_backward = torch.ops.aten.sigmoid_backward
 tanh_backward = torch.ops.aten.tanh_backward
-
-
-def lanes_first(values: Sequence[Tensor], dims: Sequence[int | None], lanes: int) -> list[Tensor]:
-    """Tensors with their lanes in front; those that are the same for all lanes, expanded."""
-    return [v.expand(lanes, *v.shape) if d is None else v.movedim(d, 0) for v, d in zip(values, dims, strict=True)]
 
 
 def _empty_steps(steps: int, like: Tensor, size: int) -> tuple[Tensor, tuple[Tensor, ...]]:
@@ -52,7 +48,7 @@ class _Rnn(torch.autograd.Function):
             torch.clamp(now, min=0, out=out[t + 1]) if relu else torch.tanh(now, out=out[t + 1])
         ctx.save_for_backward(w_hh, room)
         ctx.relu = relu
-        return room[1:], h0.new_zeros(())
+        return room[1:], h0.new_zeros(len(h0))  # no cells
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
@@ -91,7 +87,7 @@ class _Gru(torch.autograd.Function):
             new[t].tanh_()
             torch.lerp(new[t], out[t], z, out=out[t + 1])
         ctx.save_for_backward(w_hh, room, resets, news, parts)
-        return room[1:], h0.new_zeros(())
+        return room[1:], h0.new_zeros(len(h0))  # no cells
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
@@ -157,28 +153,21 @@ class _Lstm(torch.autograd.Function):
         return d_room, d_hidden, d_cell, *_weights_gradient(d_room, room[:-1]), None
 
 
-def _layer(kind: type[torch.autograd.Function], relu: bool) -> type[torch.autograd.Function]:
+def _layer(kind: type[torch.autograd.Function], relu: bool) -> Callable[..., Any]:
     """A layer of one direction under vmap: x (B, T, F), h0 and c0 (B, H), weights and biases as torch's."""
 
-    class Layer(torch.autograd.Function):
-        @staticmethod
-        def forward(*args: Tensor) -> Any:  # noqa: ARG004
-            raise NotFusableError("a recurrent layer over tensors that are no lanes'")
+    @in_lanes
+    def layer(
+        x: Tensor, h0: Tensor, c0: Tensor, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor, b_hh: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        lanes, rows, steps, features = x.shape
+        by_row = x.transpose(1, 2).reshape(lanes, steps * rows, features)
+        given = torch.baddbmm(b_ih.unsqueeze(1), by_row, w_ih.transpose(1, 2))
+        gates = given.view(lanes, steps, rows, -1).transpose(0, 1)
+        out, last = kind.apply(gates, h0, c0, w_hh, b_hh, relu)
+        return out.permute(1, 2, 0, 3), last
 
-        @staticmethod
-        def setup_context(ctx: Any, inputs: Any, output: Any) -> None: ...
-
-        @staticmethod
-        def vmap(info: Any, dims: Any, *args: Tensor) -> Any:
-            x, h0, c0, w_ih, w_hh, b_ih, b_hh = lanes_first(args, dims, info.batch_size)
-            lanes, rows, steps, features = x.shape
-            by_row = x.transpose(1, 2).reshape(lanes, steps * rows, features)
-            given = torch.baddbmm(b_ih.unsqueeze(1), by_row, w_ih.transpose(1, 2))
-            gates = given.view(lanes, steps, rows, -1).transpose(0, 1)
-            out, last = kind.apply(gates, h0, c0, w_hh, b_hh, relu)
-            return (out.permute(1, 2, 0, 3), last), (0, 0 if last.dim() else None)
-
-    return Layer
+    return layer
 
 
 def recurrent(kind: type[torch.autograd.Function], *, relu: bool = False) -> Callable[..., tuple[Tensor, ...]]:
@@ -200,7 +189,7 @@ def recurrent(kind: type[torch.autograd.Function], *, relu: bool = False) -> Cal
                 w_ih, w_hh, *bias = weights[index * each : (index + 1) * each]
                 bias = bias or [w_ih.new_zeros(len(w_ih))] * 2
                 turned = layer.flip(1) if index > first else layer
-                out, cell = layer_form.apply(turned, hidden[index], cells[index], w_ih, w_hh, *bias)
+                out, cell = layer_form(turned, hidden[index], cells[index], w_ih, w_hh, *bias)
                 last.append(out[:, -1])
                 last_cells.append(cell)
                 ways.append(out.flip(1) if index > first else out)

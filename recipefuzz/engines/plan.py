@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from recipefuzz.engines.not_fusable import NotFusableError
 from recipefuzz.engines.probe import plain_step, probed, tensors_of
 from recipefuzz.engines.program import Start, unscaled_model
 from recipefuzz.engines.sequential import flushed_denormals, one_thread
-from recipefuzz.errors import InputError
+from recipefuzz.errors import RAISED, InputError, describe_exception
 from recipefuzz.recipe import Recipe
 from recipefuzz.targets.seeding import seeded
 from recipefuzz.targets.task import Task
@@ -49,7 +50,7 @@ def planned(config: Config, task: Task, recipe: Recipe, device: torch.device, pr
     """The plan for a config.
 
     Args:
-        recipe: that is measured: the default recipe.
+        recipe: that is measured.
         processes: that will share the machine's memory.
 
     Raises:
@@ -60,14 +61,15 @@ def planned(config: Config, task: Task, recipe: Recipe, device: torch.device, pr
     try:
         with one_thread(), flushed_denormals(), seeded(config.trial.seed, device):
             plan = _measured(task, recipe, device, processes)
-    except NotFusableError as error:
+    except RAISED as error:
+        reason = str(error) if isinstance(error, NotFusableError) else describe_exception(error)
         if config.run.engine == "fused":
             raise InputError(
-                f"this target can't be fused: {error}",
+                f"this target can't be fused: {reason}",
                 place=config.source.place("run", "engine"),
                 fix="engine: auto takes the sequential engine for it",
             ) from error
-        return Plan(0, f"it can't be fused: {error}")
+        return Plan(0, f"it can't be fused: {reason}")
     if config.run.engine == "fused" and not plan.lanes:
         return Plan(TRIED_LANES[0], f"as run.engine says, though {plan.why}")
     return plan
@@ -88,7 +90,7 @@ def _measured(task: Task, recipe: Recipe, device: torch.device, processes: int) 
             break
         many = Lanes(program, rows)
         many.replace([], [Job(i, recipe, 0) for i in range(tried)], [Start.of(model)] * tried)
-        each = _least(lambda m=many: m.run(2, lambda _, start, stop: order), device) / 2 / tried  # type: ignore[misc] # noqa: ARG005
+        each = _least(functools.partial(many.run, len(order), lambda *_: order), device) / len(order) / tried
         if each > BETTER * best:
             break
         best, lanes = each, tried

@@ -14,6 +14,7 @@ from recipefuzz.engines.plan import planned
 from recipefuzz.engines.pool import PoolEngine, cores
 from recipefuzz.engines.sequential import SequentialEngine
 from recipefuzz.errors import InputError
+from recipefuzz.recipe import Recipe
 from recipefuzz.targets.task import Task
 from recipefuzz.verdict import Budget
 
@@ -21,11 +22,14 @@ from recipefuzz.verdict import Budget
 AHEAD = 256
 
 
-def open_engine(config: Config, task: Task, say: Callable[[str], None], most: int | None = None) -> Engine:
+def open_engine(
+    config: Config, task: Task, say: Callable[[str], None], most: int | None = None, recipe: Recipe | None = None
+) -> Engine:
     """The engine that suits the config's model on this machine; `say` gets one line about what was picked, and why.
 
     Args:
         most: trials there will be at most: no more workers than that.
+        recipe: that the engines are measured with; by default the default recipe.
 
     Raises:
         InputError: a device that this machine does not have; `engine: fused` for a model that can't be.
@@ -37,7 +41,7 @@ def open_engine(config: Config, task: Task, say: Callable[[str], None], most: in
         devices = devices[: max(1, most)]
     pool = PoolEngine(config, budget, devices, config.trial.timeout, lanes=None) if devices else None
     try:
-        plan = planned(config, task, config.default_recipe(), torch.device(device), len(devices))
+        plan = planned(config, task, recipe or config.default_recipe(), torch.device(device), len(devices))
     except BaseException:
         if pool:
             pool.close()
