@@ -46,8 +46,8 @@ class Stepper:
         self._done = 0
         self.recorder = Recorder(self._parameters)
 
-    def step(self, x: Any, y: Any) -> None:
-        """One optimizer step on a batch."""
+    def step(self, x: Any, y: Any) -> Tensor:
+        """One optimizer step on a batch; its loss, a scalar on the device."""
         for group in self._optimizer.param_groups:
             group["lr"] = prepare.learning_rate(self._recipe, self._done)
         self._optimizer.zero_grad()
@@ -55,6 +55,7 @@ class Stepper:
             loss = self._loss(self._model(x), y)
         self.recorder.add(loss.detach(), self._backward_and_update(loss))
         self._done += 1
+        return loss.detach()
 
     def _backward_and_update(self, loss: Tensor) -> Tensor:
         """Backward pass, clipping, update; the gradient's L2 norm before clipping, a scalar on the device."""

@@ -1,0 +1,1 @@
+"""Where and why a training goes wrong, and a fix that was really run."""

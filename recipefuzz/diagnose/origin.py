@@ -1,0 +1,71 @@
+"""From a symptom back to the operation that made it: the producer, not those that passed it on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from recipefuzz.diagnose.watching import Event, Operand
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where what is not finite began.
+
+    Attributes:
+        event: the operation that made it; None where it came into the step from outside.
+        outside: then what it was: "x", "y", "parameter NAME" or "buffer NAME".
+        chain: the operations from there to the symptom, in their order.
+    """
+
+    event: Event | None
+    outside: str
+    chain: tuple[Event, ...]
+
+
+def origin_of(events: Sequence[Event], symptom: Iterable[int], outside: str = "") -> Origin | None:
+    """The earliest beginning that is reached from the symptom by way of operands that were not finite then.
+
+    Healthy steps hold values that are not finite, too; those from which no such way leads to the symptom don't matter.
+
+    Args:
+        symptom: operations that wrote the tensor that should be finite.
+        outside: its name where nothing in the step wrote it.
+    """
+    start = tuple(symptom)
+    if not start:
+        return Origin(None, outside, ()) if outside else None
+    came_from: dict[int, int | None] = dict.fromkeys(start)
+    waiting = list(start)
+    producers: list[int] = []
+    leaves: list[tuple[str, int]] = []
+    while waiting:
+        index = waiting.pop()
+        event = events[index]
+        guilty = [o for o in event.operands if not o.stats.finite and (event.meant or not o.meant)]
+        if not guilty:
+            producers.append(index)
+        for operand in guilty:
+            if not operand.writers:
+                leaves.append((_name(operand), index))
+            for writer in operand.writers:
+                if writer not in came_from:
+                    came_from[writer] = index
+                    waiting.append(writer)
+    if leaves:  # before the step's first operation
+        name, at = min(leaves, key=lambda leaf: leaf[1])
+        return Origin(None, name, _chain(events, at, came_from))
+    first = min(producers)
+    return Origin(events[first], "", _chain(events, first, came_from))
+
+
+def _name(operand: Operand) -> str:
+    return operand.outside or "a tensor that the model keeps"
+
+
+def _chain(events: Sequence[Event], start: int, came_from: dict[int, int | None]) -> tuple[Event, ...]:
+    chain, at = [events[start]], came_from[start]
+    while at is not None:
+        chain.append(events[at])
+        at = came_from[at]
+    return tuple(chain)

@@ -1,0 +1,181 @@
+"""A trial once more, up to a step, and that step with every operation watched.
+
+A trial is a pure function of task, recipe and seed, so nothing has to be kept while it runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from recipefuzz.diagnose.origin import Origin, origin_of
+from recipefuzz.diagnose.tensors import is_finite, tensors
+from recipefuzz.diagnose.watching import Event, Watch
+from recipefuzz.engines import prepare
+from recipefuzz.engines.sequential import Stepper, flushed_denormals, one_thread, with_own_loss
+from recipefuzz.recipe import Recipe
+from recipefuzz.targets.seeding import seeded
+from recipefuzz.targets.task import Rows, Task
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A step that went wrong.
+
+    Attributes:
+        step: counted from 1.
+        symptom: what was found not finite: "loss", "gradient of NAME", "parameter NAME".
+        rows: indices of the training rows in its batch.
+    """
+
+    step: int
+    symptom: str
+    origin: Origin
+    events: tuple[Event, ...]
+    rows: tuple[int, ...]
+
+
+class Replay:
+    """One trial, step by step. Use inside `replaying`, which holds the trial's random numbers.
+
+    Attributes:
+        done: steps made.
+    """
+
+    def __init__(self, task: Task, recipe: Recipe, seed: int, device: torch.device, rows: Rows) -> None:
+        self.task, self.recipe, self.device = with_own_loss(task, device), recipe, device
+        self._rows = rows
+        self.model = prepare.build_model(self.task, recipe, device)
+        self.stepper = Stepper(self.model, self.task.loss, recipe, device)
+        self._order = prepare.BatchOrder(len(rows), recipe.batch_size, seed)
+        self.done = 0
+
+    def run(self, steps: int) -> int | None:
+        """Ordinary steps; the number of the first that was not finite, counted from 1, if one was."""
+        if not steps:
+            return None
+        start = self.done
+        for batch in self._order.draw(steps, self._rows.index_device):
+            self.stepper.step(*self._rows.take(batch))
+            self.done += 1
+        bad = self.stepper.recorder.take()[:, -1].nonzero()
+        return start + int(bad[0]) + 1 if len(bad) else None
+
+    def watched(self) -> Failure | None:
+        """The next step, watched; None if all of it that matters is finite."""
+        (batch,) = self._order.draw(1, self._rows.index_device)
+        self.done += 1
+        x, y = self._rows.take(batch)
+        return watched_step(self.model, lambda: self.stepper.step(x, y), x, y, self.done, tuple(batch.tolist()))
+
+
+def watched_step(
+    model: nn.Module, step: Callable[[], Tensor], x: Any, y: Any, number: int, rows: tuple[int, ...] = ()
+) -> Failure | None:
+    """Make one training step with every operation watched.
+
+    Args:
+        step: makes the step on the batch x, y; returns the loss.
+        number: of the step, for the result.
+        rows: which training rows the batch is made of, for the result.
+    """
+    watch = Watch(model)
+    for name, value in (("x", x), ("y", y)):
+        for tensor in tensors([value.values() if isinstance(value, dict) else value]):
+            watch.name(tensor, name)
+    for name, tensor in state_of(model):
+        watch.name(tensor, name)
+    with watch.active():
+        loss = step()
+    found = _symptom(watch, model, loss)
+    if found is None:
+        return None
+    symptom, writers, outside = found
+    origin = origin_of(watch.events, writers, outside)
+    return None if origin is None else Failure(number, symptom, origin, tuple(watch.events), rows)
+
+
+def _symptom(watch: Watch, model: nn.Module, loss: Tensor) -> tuple[str, tuple[int, ...], str] | None:
+    """What should be finite and is not, the first in the order of a step; which operations wrote it."""
+    if not is_finite(loss):
+        return "loss", watch.writers_of(loss), ""
+    if watch.gradients:
+        first = next(name for name, p in model.named_parameters() if id(p) in watch.gradients)
+        writers = {w for found in watch.gradients.values() for w in found}
+        return f"gradient of {first}", tuple(sorted(writers)), ""
+    for name, tensor in state_of(model):
+        if not is_finite(tensor) and (writers := watch.writers_of(tensor)):
+            return name, writers, ""
+    return None
+
+
+def state_of(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor that the model keeps from step to step: parameters, buffers, plain attributes."""
+    for name, parameter in model.named_parameters():
+        yield f"parameter {name}", parameter
+    for name, buffer in model.named_buffers():
+        yield f"buffer {name}", buffer
+    for name, module in model.named_modules():
+        for key, value in vars(module).items():
+            if isinstance(value, Tensor):
+                yield f"attribute {f'{name}.{key}' if name else key}", value
+
+
+@contextmanager
+def replaying(task: Task, recipe: Recipe, seed: int, device: torch.device, rows: Rows) -> Iterator[Replay]:
+    """A trial at its start, with its own random numbers, which the caller's don't notice."""
+    with seeded(seed, device), flushed_denormals(), one_thread():
+        yield Replay(task, recipe, seed, device, rows)
+
+
+LATER = 8  # steps by which a replay's failure may come later than in lanes, whose sums round otherwise
+
+
+def first_failure(
+    task: Task, recipe: Recipe, seed: int, device: torch.device, rows: Rows, step: int, limit: int
+) -> Failure | None:
+    """The first step that is not finite, and where in it that begins.
+
+    Costs one replay up to the step; a second one where a buffer or an attribute had gone bad in an earlier step, which
+    its loss did not show.
+
+    Args:
+        step: at which the trial failed, counted from 1.
+        limit: steps after which to give up.
+    """
+    with replaying(task, recipe, seed, device, rows) as replay:
+        early = replay.run(step - 1)
+        failure = None
+        while early is None and failure is None and replay.done < min(step + LATER, limit):
+            failure = replay.watched()
+    if early is not None:  # in lanes it failed later
+        return first_failure(task, recipe, seed, device, rows, early, limit)
+    if failure is not None and failure.origin.event is None and failure.origin.outside.startswith(KEPT):
+        return _of_state(task, recipe, seed, device, rows, failure) or failure
+    return failure
+
+
+KEPT = ("buffer", "attribute")
+
+
+def _of_state(
+    task: Task, recipe: Recipe, seed: int, device: torch.device, rows: Rows, failure: Failure
+) -> Failure | None:
+    """The earlier step that left a tensor of the model not finite."""
+    name = failure.origin.outside
+
+    def broken(replay: Replay) -> bool:
+        return any(n == name and not is_finite(t) for n, t in state_of(replay.model))
+
+    with replaying(task, recipe, seed, device, rows) as replay:
+        while not broken(replay) and replay.done < failure.step:
+            replay.run(1)
+        step = replay.done
+    with replaying(task, recipe, seed, device, rows) as replay:
+        replay.run(step - 1)
+        return replay.watched() if step else None

@@ -1,0 +1,342 @@
+"""One training step with every operation watched: each that makes or passes on a value that is not finite is kept.
+
+Operations are seen below autograd, as the kernels that are launched, in forward, loss, backward and optimizer alike
+(`TorchDispatchMode`). A backward operation is traced to its forward operation by autograd's sequence numbers, so the
+user's line is known without anomaly mode, which keeps a traceback for every node.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from recipefuzz.diagnose.frames import user_line
+from recipefuzz.diagnose.tensors import Stats, is_finite, leaves, storage, tensors
+
+UNSET = ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "resize_")  # memory not yet written
+
+OVERWRITES = ("copy", "fill", "zero", "normal", "uniform", "random", "bernoulli", "exponential", "set")  # don't read it
+
+
+@dataclass(frozen=True)
+class Spot:
+    """Where an operation was launched.
+
+    Attributes:
+        phase: data, forward, loss, backward or optimizer.
+        op: its base name in ATen, without underscores around it.
+        module: qualified name of the innermost module that was being called; "" outside of the model.
+        file, line: the user's code, innermost; "" and 0 where none was being run.
+    """
+
+    phase: str
+    op: str
+    module: str = ""
+    file: str = ""
+    line: int = 0
+
+
+@dataclass(frozen=True)
+class Operand:
+    """An input of a kept operation.
+
+    Attributes:
+        writers: kept operations that put something not finite into its memory before; empty for what came from
+            outside the step: rows, parameters, buffers.
+        meant: what is not finite in it are infinities that the user's code put there.
+        depends: whether it was computed from the parameters.
+        outside: what it is where it came from outside: "x", "y", "parameter NAME", "buffer NAME", or "".
+        is_mask: whether it holds zeros and ones alone, and was not computed from the parameters.
+    """
+
+    stats: Stats
+    writers: tuple[int, ...]
+    meant: bool
+    depends: bool
+    outside: str
+    is_mask: bool
+
+
+@dataclass(frozen=True)
+class Event:
+    """An operation whose result is not finite.
+
+    Attributes:
+        forward: of a backward operation, the forward operation that it belongs to.
+        scalars: its arguments that are numbers.
+        meant: its result holds only infinities that were meant.
+        finite_in_double: whether float64 arithmetic on the same inputs is finite; None if it was not asked.
+        witness: for an elementwise operation, the operands at the first element that is not finite.
+        forward_finite: of a backward operation, whether the forward operation's own result was finite.
+    """
+
+    index: int
+    spot: Spot
+    forward: Spot | None
+    operands: tuple[Operand, ...]
+    scalars: tuple[float, ...]
+    results: tuple[Stats, ...]
+    meant: bool
+    finite_in_double: bool | None
+    witness: tuple[float, ...]
+    forward_finite: bool
+
+    @property
+    def makes_nan(self) -> bool:
+        return any(r.nans for r in self.results)
+
+    @property
+    def produces(self) -> bool:
+        """Whether nothing but meant infinities went in."""
+        return not self.meant and all(o.stats.finite or o.meant for o in self.operands)
+
+
+class Watch(TorchDispatchMode):
+    """Keeps what goes wrong while it is active.
+
+    Args:
+        model: whose modules are named in the events.
+
+    Attributes:
+        phase: of the step; the backward pass is known from autograd instead.
+        gradients: operations that wrote gradients that arrived at their parameters not finite, by the parameter's id.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.events: list[Event] = []
+        self.phase = "data"
+        self.gradients: dict[int, tuple[int, ...]] = {}
+        self._model = model
+        self._outside: dict[int, str] = {}
+        self._modules: list[str] = []
+        self._writers: dict[int, list[int]] = {}
+        self._kept: list[Tensor] = []  # alive, so that no other tensor gets their memory
+        self._meant: set[int] = set()  # memory whose infinities were meant
+        self._depends = {storage(p) for p in model.parameters()}
+        self._forward: dict[int, tuple[Spot, bool]] = {}  # by autograd's number: the operation, whether it was finite
+        self._names = {id(module): name for name, module in model.named_modules()}
+
+    def name(self, tensor: Tensor, called: str) -> None:
+        """Say what a tensor is that exists before the step."""
+        self._outside[storage(tensor)] = called
+
+    def writers_of(self, tensor: Tensor) -> tuple[int, ...]:
+        """The kept operations that wrote into the tensor's memory."""
+        return tuple(self._writers.get(storage(tensor), ()))
+
+    @contextmanager
+    def active(self) -> Iterator[Watch]:
+        """Watch, and follow which module is being called."""
+        with ExitStack() as stack:
+            for module in self._model.modules():
+                before = module.register_forward_pre_hook(self._enter)
+                after = module.register_forward_hook(self._leave, always_call=True)
+                stack.callback(before.remove)
+                stack.callback(after.remove)
+            for parameter in self._model.parameters():
+                if parameter.requires_grad:
+                    hook = parameter.register_post_accumulate_grad_hook(self._reached)
+                    stack.callback(hook.remove)
+            stack.enter_context(self)
+            yield self
+
+    def _enter(self, module: nn.Module, _args: Any) -> None:
+        if module is self._model:
+            self.phase = "forward"
+        self._modules.append(self._names[id(module)])
+
+    def _leave(self, module: nn.Module, _args: Any, _output: Any) -> None:
+        if self._modules:
+            self._modules.pop()
+        if module is self._model:
+            self.phase = "loss"
+
+    def _reached(self, parameter: Tensor) -> None:
+        """A gradient has arrived: what runs after the backward pass is the optimizer's."""
+        self.phase = "optimizer"
+        if parameter.grad is not None and not is_finite(parameter.grad):
+            self.gradients[id(parameter)] = self.writers_of(parameter.grad)
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        written = _written(func, args, kwargs)
+        ids = {id(t) for t in written}
+        before = {id(t): t.clone() for t in written}
+        inputs = tensors([*args, *kwargs.values()])
+        known = [(t, self._writers.get(storage(t), [])[:], storage(t) in self._meant) for t in inputs]
+        result = func(*args, **kwargs)
+        spot, forward, forward_finite = self._spot(func)
+        if func.overloadpacket.__name__ in UNSET:
+            return result
+        outputs = tensors([result]) if result is not None else []
+        outputs += [t for t in written if all(t is not o for o in outputs)]
+        shared = {storage(t) for t in inputs}
+        depends = any(storage(t) in self._depends for t in inputs)
+        for tensor in outputs:
+            if storage(tensor) not in shared:  # new memory: nothing of what lay there before counts
+                for memory in (self._writers, self._outside):
+                    memory.pop(storage(tensor), None)
+                self._meant.discard(storage(tensor))
+            if depends:
+                self._depends.add(storage(tensor))
+            elif storage(tensor) not in shared:
+                self._depends.discard(storage(tensor))
+        made = [t for t in outputs if storage(t) not in shared or id(t) in ids]
+        bad = [t for t in made if not is_finite(t)]
+        if bad:
+            unread = ids if spot.op in OVERWRITES else {id(t) for t in tensors([kwargs.get("out")])}
+            operands = [(before.get(id(t), t), t, w, meant) for t, w, meant in known if id(t) not in unread]
+            self._keep(func, args, kwargs, before, spot, forward, forward_finite, operands, made)
+        for tensor in made:
+            if all(tensor is not b for b in bad) and _is_whole(tensor):
+                self._writers.pop(storage(tensor), None)
+                self._meant.discard(storage(tensor))
+        if forward is None and spot.phase in ("forward", "loss"):
+            self._forward.setdefault(torch.autograd._get_sequence_nr() - 1, (spot, not bad))
+        return result
+
+    def _spot(self, func: Any) -> tuple[Spot, Spot | None, bool]:
+        op = base_name(func)
+        node = torch._C._current_autograd_node()
+        if node is None:
+            file, line = user_line()
+            module = self._modules[-1] if self._modules else ""
+            return Spot(self.phase, op, module, file, line), None, True
+        forward, finite = self._forward.get(node._sequence_nr(), (None, True))
+        file, line = user_line(backward=True)
+        here = Spot("backward", op, "", file, line)
+        if forward is None:
+            return here, Spot("forward", node.name().split("::")[-1]), True
+        if not file:
+            here = replace(here, module=forward.module, file=forward.file, line=forward.line)
+        return here, forward, finite
+
+    def _keep(
+        self,
+        func: Any,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        before: dict[int, Tensor],
+        spot: Spot,
+        forward: Spot | None,
+        forward_finite: bool,
+        operands: list[tuple[Tensor, Tensor, list[int], bool]],
+        made: list[Tensor],
+    ) -> None:
+        index = len(self.events)
+        seen = tuple(
+            Operand(
+                Stats.of(old),
+                tuple(writers),
+                meant and not bool(torch.isnan(old).any()),
+                storage(t) in self._depends,
+                self._outside.get(storage(t), ""),
+                storage(t) not in self._depends and bool(((old == 0) | (old == 1)).all()),
+            )
+            for old, t, writers, meant in operands
+        )
+        scalars = tuple(float(s) for s in leaves([*args, *kwargs.values()]) if isinstance(s, (int, float)))
+        results = tuple(Stats.of(t) for t in made)
+        meant = self._is_meant(spot.op, seen, scalars, results)
+        clean = all(o.stats.finite or o.meant for o in seen)
+        self.events.append(
+            Event(
+                index,
+                spot,
+                forward,
+                seen,
+                scalars,
+                results,
+                meant,
+                _finite_in_double(func, args, kwargs, before) if clean and not meant else None,
+                _witness([old for old, *_ in operands], made[0]) if clean else (),
+                forward_finite,
+            )
+        )
+        for tensor in made:
+            if is_finite(tensor):
+                continue
+            key = storage(tensor)
+            self._writers[key] = [index] if _is_whole(tensor) else [*self._writers.get(key, []), index]
+            self._kept.append(tensor)
+            if meant:
+                self._meant.add(key)
+            else:
+                self._meant.discard(key)
+
+    def _is_meant(
+        self, op: str, operands: tuple[Operand, ...], scalars: tuple[float, ...], results: tuple[Stats, ...]
+    ) -> bool:
+        """Infinities that the code fills in, and what is still infinite of them after further operations."""
+        if any(r.nans for r in results):
+            return False
+        not_finite = [o for o in operands if not o.stats.finite]
+        not_finite = [o for o in operands if not o.stats.finite]
+        if not_finite:
+            return all(o.meant or (o.outside.startswith("buffer") and not o.stats.nans) for o in not_finite)
+        return any(math.isinf(s) for s in scalars) or not operands or (op == "log" and operands[0].is_mask)
+
+
+@lru_cache(maxsize=4096)
+def base_name(func: Any) -> str:
+    """`add` of aten.add_.Tensor, `softmax` of aten._softmax.default, `addcdiv` of aten._foreach_addcdiv_."""
+    return str(func.overloadpacket.__name__).removeprefix("_foreach_").strip("_")
+
+
+@lru_cache(maxsize=4096)
+def _written_positions(func: Any) -> tuple[tuple[int, str], ...]:
+    arguments = func._schema.arguments
+    return tuple((i, a.name) for i, a in enumerate(arguments) if a.alias_info is not None and a.alias_info.is_write)
+
+
+def _written(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Tensor]:
+    """The arguments that the operation writes into."""
+    positions = _written_positions(func)
+    return tensors([args[i] if i < len(args) else kwargs.get(name) for i, name in positions]) if positions else []
+
+
+def _is_whole(tensor: Tensor) -> bool:
+    """Whether it covers all of its memory, so that writing it leaves nothing of before."""
+    return tensor.numel() * tensor.element_size() == tensor.untyped_storage().nbytes()
+
+
+def _finite_in_double(
+    func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], before: dict[int, Tensor]
+) -> bool | None:
+    """Whether the same operation on the same numbers is finite in float64; None if it has no such form."""
+
+    def widened(value: Any) -> Any:
+        if isinstance(value, (list, tuple)):
+            return type(value)(widened(v) for v in value)
+        if not isinstance(value, Tensor):
+            return torch.float64 if isinstance(value, torch.dtype) and value.is_floating_point else value
+        old = before.get(id(value), value)
+        return old.double() if old.is_floating_point() else old.clone() if id(value) in before else old
+
+    try:
+        result = func(*[widened(a) for a in args], **{k: widened(v) for k, v in kwargs.items()})
+    except (RuntimeError, TypeError, NotImplementedError):
+        return None
+    return all(is_finite(t) for t in tensors([result]))
+
+
+def _witness(operands: list[Tensor], result: Tensor) -> tuple[float, ...]:
+    """The operands at the first element of the result that is not finite, where they broadcast to it."""
+    try:
+        spread = [t.expand(result.shape) for t in operands]
+    except RuntimeError:
+        return ()
+    at = tuple((~torch.isfinite(result)).nonzero()[0].tolist()) if result.dim() else ()
+    return tuple(float(t[at]) for t in spread if not t.is_complex())
+
