@@ -31,6 +31,7 @@ class Failure:
         step: counted from 1.
         symptom: what was found not finite: "loss", "gradient of NAME", "parameter NAME".
         rows: indices of the training rows in its batch.
+        recurrent: whether the model applies one weight many times in a step.
     """
 
     step: int
@@ -38,6 +39,7 @@ class Failure:
     origin: Origin
     events: tuple[Event, ...]
     rows: tuple[int, ...]
+    recurrent: bool
 
 
 class Replay:
@@ -97,7 +99,7 @@ def watched_step(
         return None
     symptom, writers, outside = found
     origin = origin_of(watch.events, writers, outside)
-    return None if origin is None else Failure(number, symptom, origin, tuple(watch.events), rows)
+    return None if origin is None else Failure(number, symptom, origin, tuple(watch.events), rows, watch.recurrent)
 
 
 def _symptom(watch: Watch, model: nn.Module, loss: Tensor) -> tuple[str, tuple[int, ...], str] | None:

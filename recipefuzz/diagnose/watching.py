@@ -25,6 +25,8 @@ UNSET = ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided
 
 OVERWRITES = ("copy", "fill", "zero", "normal", "uniform", "random", "bernoulli", "exponential", "set")  # don't read it
 
+OVER_AND_OVER = 5  # times a weight is applied in one step from which it is a recurrence: shared encoders have two or three
+
 
 @dataclass(frozen=True)
 class Spot:
@@ -108,6 +110,7 @@ class Watch(TorchDispatchMode):
     Attributes:
         phase: of the step; the backward pass is known from autograd instead.
         gradients: operations that wrote gradients that arrived at their parameters not finite, by the parameter's id.
+        recurrent: whether one weight was applied many times over.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -115,6 +118,8 @@ class Watch(TorchDispatchMode):
         self.events: list[Event] = []
         self.phase = "data"
         self.gradients: dict[int, tuple[int, ...]] = {}
+        self.recurrent = False
+        self._uses = dict.fromkeys((storage(p) for p in model.parameters()), 0)
         self._model = model
         self._outside: dict[int, str] = {}
         self._modules: list[str] = []
@@ -203,8 +208,16 @@ class Watch(TorchDispatchMode):
                 self._writers.pop(storage(tensor), None)
                 self._meant.discard(storage(tensor))
         if forward is None and spot.phase in ("forward", "loss"):
+            self._count(spot.op, shared if made else set())
             self._forward.setdefault(torch.autograd._get_sequence_nr() - 1, (spot, not bad))
         return result
+
+    def _count(self, op: str, read: set[int]) -> None:
+        """Follow how often each parameter is applied in the forward pass."""
+        for key in read & self._uses.keys():
+            self._uses[key] += 1
+            self.recurrent |= self._uses[key] >= OVER_AND_OVER
+        self.recurrent |= any(kernel in op for kernel in ("rnn", "lstm", "gru"))
 
     def _spot(self, func: Any) -> tuple[Spot, Spot | None, bool]:
         op = base_name(func)

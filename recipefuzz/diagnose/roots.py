@@ -1,0 +1,33 @@
+"""Recipe, code or data: decided by what the operation is, how healthy training was, and what was run to find out."""
+
+from __future__ import annotations
+
+from recipefuzz.diagnose.diagnosis import Root
+from recipefuzz.diagnose.explosions import Health
+
+EXPLOSIONS = ("exploding_activations", "exploding_gradients", "exploding_parameters")
+
+
+def root_of(
+    cause: str, health: Health, *, mended: bool | None, remedied: bool, in_half: bool
+) -> Root:
+    """Where the fault lies.
+
+    That another recipe trains proves little by itself: many bugs hide under a smaller step. An operation that is
+    singular at its input is the code's, unless it was reached at the end of a divergence, keeping it away from there
+    does not make the same recipe train, and another recipe does.
+
+    Args:
+        mended: whether the same recipe trains with the one operation kept off its singular point; None if not tried.
+        remedied: whether a change of the recipe alone trains.
+        in_half: whether half precision is the recipe's choice.
+    """
+    if cause == "data_nonfinite":
+        return Root.DATA
+    if cause in EXPLOSIONS:
+        return Root.RECIPE
+    if cause == "half_precision_overflow":
+        return Root.RECIPE if in_half else Root.CODE
+    if mended or health.sound or not remedied:
+        return Root.CODE
+    return Root.RECIPE

@@ -1,0 +1,76 @@
+"""A diagnosis in words: what happened, and for code and data what to change."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from recipefuzz.diagnose.explosions import Health
+from recipefuzz.diagnose.origin import Origin
+from recipefuzz.diagnose.watching import Event
+
+ADVICE = {
+    "data_nonfinite": "drop or fill those rows where the data are loaded",
+    "division_by_zero": "keep the divisor away from zero: add an epsilon (x / (d + 1e-8)), or clamp it",
+    "log_of_zero": "give the loss logits instead (cross_entropy, log_softmax, binary_cross_entropy_with_logits), or clamp "
+    "the argument: torch.log(p.clamp(min=1e-7))",
+    "log_of_negative": "the argument must be positive: make it so with softplus or exp, or clamp it",
+    "sqrt_gradient_at_zero": "its derivative is infinite there: add an epsilon inside, as in torch.sqrt(x + 1e-8), or keep "
+    "the argument off the edge with clamp; torch.where afterwards does not help, since 0 * inf is NaN",
+    "domain_error": "the argument has left the function's domain, often by rounding alone: clamp it, as in "
+    "x.clamp(min=0).sqrt() or x.clamp(-1 + 1e-6, 1 - 1e-6).acos()",
+    "exp_overflow": "subtract the maximum first, or use the stable form: softmax, log_softmax, logsumexp, softplus",
+    "empty_reduction": "nothing is left to average: skip such batches or divide by clamp(min=1); std(unbiased=False) for a "
+    "single element; drop_last=True for a last partial batch",
+    "fully_masked_softmax": "a row whose every entry is masked has no softmax: mask with a large negative number "
+    "(-1e9), or leave such rows out",
+    "zero_times_inf": "an intended infinity meets a zero or another infinity: fill it with 0 before that operation "
+    "(masked_fill, torch.where on the operand)",
+    "half_precision_overflow": "the value is out of half precision's range: compute this operation in float32, or use bfloat16",
+}
+
+
+def place(event: Event) -> str:
+    """Such as "log at model.py:31 in blocks.0"."""
+    spot = event.spot
+    where = f" at {Path(spot.file).name}:{spot.line}" if spot.file else ""
+    inside = f" in {spot.module}" if spot.module else ""
+    what = f"the derivative of {event.forward.op}" if event.forward else spot.op
+    return f"{what}{where}{inside}"
+
+
+def happened(origin: Origin, cause: str, step: int, symptom: str, rows: tuple[int, ...]) -> str:
+    """Where it began and what went in."""
+    event = origin.event
+    if event is None:
+        return f"step {step}: {symptom} is not finite; it came in with {origin.outside}"
+    given = "; ".join(str(o.stats) for o in event.operands[:3])
+    text = f"step {step}: {place(event)} gave {_what(event)}, given {given or 'no tensor'}"
+    if event.witness:
+        text += f" (at the first bad element: {', '.join(f'{w:.4g}' for w in event.witness)})"
+    touched = training_rows(event, rows)
+    if touched and cause not in ("exploding_activations", "exploding_gradients", "exploding_parameters"):
+        text += f"; training {'row' if len(touched) == 1 else 'rows'} {', '.join(map(str, touched))}"
+    return text
+
+
+def _what(event: Event) -> str:
+    result = next(r for r in event.results if not r.finite)
+    kind = "NaN" if result.nans else "inf"
+    count = result.nans or result.infinite
+    return f"{kind} in {count} of {result.size} elements" if result.size > 1 else kind
+
+
+def training_rows(event: Event, rows: tuple[int, ...]) -> list[int]:
+    """The training rows that a bad result belongs to, where its first dimension is the batch and not all are bad."""
+    for result in event.results:
+        if result.rows and result.shape and result.shape[0] == len(rows) and len(result.rows) < len(rows):
+            return [rows[i] for i in result.rows]
+    return []
+
+
+def health_words(health: Health) -> str:
+    """How training was before."""
+    if health.step == 1:
+        return "before any update"
+    words = f"before it the weights were {health.swell:.3g} times their first size and the loss {health.loss:.3g}"
+    return f"{words} (at first {health.first_loss:.3g})"
