@@ -116,7 +116,7 @@ def judge(trace: Trace, baseline: float, budget: Budget, *, whole: bool = False)
         trace: at least one step of it.
         baseline: mean loss of the best constant predictor on the training targets.
         budget: what the run may have.
-        whole: leave a run that converges open until the end of the short budget.
+        whole: leave a run open until the end of the short budget, unless it is nan.
     """
     if trace.first_bad is not None:
         return _not_finite(trace)
@@ -124,9 +124,7 @@ def judge(trace: Trace, baseline: float, budget: Budget, *, whole: bool = False)
     if e is None:
         return _too_short(trace) if trace.steps >= budget.limit else None
     verdict = next((v for rule in RULES if (v := rule(e)) is not None), None)
-    if whole and verdict is not None and verdict.label is Label.CONVERGING and e.used < 1:
-        return None
-    return verdict
+    return None if whole and e.used < 1 else verdict
 
 
 def _learned(e: Evidence) -> Verdict | None:

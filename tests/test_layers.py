@@ -24,6 +24,7 @@ LAYERS = (
     ("evidence", "verdict", "result", "ranking", "source", "axes", "config"),
     ("targets/",),
     ("engines/", "journal", "sampling", "store", "run_folder", "report/", "template"),
+    ("diagnose/",),
     ("searching", "judging"),
     ("cli", "__init__", "__main__"),
 )

@@ -21,10 +21,10 @@ DIVISIONS = ("div", "divide", "true_divide", "floor_divide", "reciprocal", "rsqr
 LOGS = ("log", "log2", "log10", "log1p", "xlogy", "xlog1py", "logit", "special_xlog1py", "special_entr")
 EXPONENTIALS = ("exp", "exp2", "expm1", "cosh", "sinh", "logaddexp", "special_i0")
 DOMAINS = ("sqrt", "rsqrt", "acos", "asin", "acosh", "atanh", "erfinv", "lgamma", "digamma", "tan")
-REDUCTIONS = ("mean", "std", "var", "median", "nanmedian", "var_mean", "std_mean", "nll_loss_forward")
-REDUCTIONS += ("nll_loss2d_forward", "mse_loss", "l1_loss", "smooth_l1_loss", "huber_loss", "binary_cross_entropy")
+SPREADS = ("std", "var", "std_mean", "var_mean")
+LOSSES = ("nll_loss_forward", "nll_loss2d_forward", "mse_loss", "smooth_l1_loss", "huber_loss", "binary_cross_entropy")
+REDUCTIONS = ("mean", "median", "nanmedian", *SPREADS, *LOSSES)
 SOFTMAXES = ("softmax", "log_softmax", "masked_softmax", "safe_softmax")
-SPREADS = ("std", "var", "var_mean", "std_mean")  # divide by one less than the elements
 
 
 def cause_of(origin: Origin) -> str:
@@ -131,7 +131,7 @@ def _divides_by_zero(event: Event) -> bool:
         return False
     if op in ("reciprocal", "rsqrt"):
         return abs(event.witness[0] if event.witness else event.operands[0].stats.least) < TINY
-    divisors = [w for w in event.witness[1:]] or [o.stats.least for o in event.operands[1:]]
+    divisors = list(event.witness[1:]) or [o.stats.least for o in event.operands[1:]]
     return abs(divisors[-1]) < TINY if divisors else any(s == 0 for s in event.scalars)
 
 

@@ -1,7 +1,7 @@
 """One line of the user's code, mended in memory: its singular operation gets an input that it can take.
 
-An intervention, to tell a bug in the code from a bad recipe: where the same recipe trains once a single operation is kept
-away from its singular point, it was the operation.
+An intervention, to tell a bug in the code from a bad recipe: where the same recipe trains once a single operation is
+kept away from its singular point, it was the operation.
 """
 
 from __future__ import annotations

@@ -14,6 +14,7 @@ from recipefuzz.verdict import Label
 SEEDS = 3  # runs that a fix must pass: one may be luck
 CONFIRMED = 6  # smallest working changes that are run on further seeds; the others are reported with one
 DOWN = (3.0, 10.0, 30.0, 100.0)
+SCALES = (3.0, 10.0, 100.0)
 CLIPS = (15.0, 10.0, 5.0, 1.0)
 Runner = Callable[[Sequence[Job]], Iterable[Outcome]]
 
@@ -59,7 +60,9 @@ def for_failure(recipe: Recipe, applies: Applies, steps: int) -> list[Remedy]:
     """What calms a training down: for NaN, and for one that oscillates or has blown up."""
     found = [Remedy({"lr": recipe.lr / factor}, size) for size, factor in enumerate(DOWN, start=1)]
     found += _clips(recipe)
-    found += [Remedy({"init_scale": recipe.init_scale / factor}, i) for i, factor in enumerate(DOWN[:1] + DOWN[1::2], 1)]
+    found += [
+        Remedy({"init_scale": recipe.init_scale / factor}, i) for i, factor in enumerate(DOWN[:1] + DOWN[1::2], 1)
+    ]
     return found + _structural(recipe, applies, steps)
 
 

@@ -108,8 +108,8 @@ def _symptom(watch: Watch, model: nn.Module, loss: Tensor) -> tuple[str, tuple[i
         return "loss", watch.writers_of(loss), ""
     if watch.gradients:
         first = next(name for name, p in model.named_parameters() if id(p) in watch.gradients)
-        writers = {w for found in watch.gradients.values() for w in found}
-        return f"gradient of {first}", tuple(sorted(writers)), ""
+        reached = {w for found in watch.gradients.values() for w in found}
+        return f"gradient of {first}", tuple(sorted(reached)), ""
     for name, tensor in state_of(model):
         if not is_finite(tensor) and (writers := watch.writers_of(tensor)):
             return name, writers, ""

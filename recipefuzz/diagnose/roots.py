@@ -8,9 +8,7 @@ from recipefuzz.diagnose.explosions import Health
 EXPLOSIONS = ("exploding_activations", "exploding_gradients", "exploding_parameters")
 
 
-def root_of(
-    cause: str, health: Health, *, mended: bool | None, remedied: bool, in_half: bool
-) -> Root:
+def root_of(cause: str, health: Health, *, mended: bool | None, remedied: bool, in_half: bool) -> Root:
     """Where the fault lies.
 
     That another recipe trains proves little by itself: many bugs hide under a smaller step. An operation that is

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import _get_sequence_nr  # type: ignore[attr-defined]
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from recipefuzz.diagnose.frames import user_line
@@ -25,7 +26,9 @@ UNSET = ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided
 
 OVERWRITES = ("copy", "fill", "zero", "normal", "uniform", "random", "bernoulli", "exponential", "set")  # don't read it
 
-OVER_AND_OVER = 5  # times a weight is applied in one step from which it is a recurrence: shared encoders have two or three
+OVER_AND_OVER = (
+    5  # times a weight is applied in one step from which it is a recurrence: shared encoders have two or three
+)
 
 
 @dataclass(frozen=True)
@@ -114,7 +117,7 @@ class Watch(TorchDispatchMode):
     """
 
     def __init__(self, model: nn.Module) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.events: list[Event] = []
         self.phase = "data"
         self.gradients: dict[int, tuple[int, ...]] = {}
@@ -187,16 +190,7 @@ class Watch(TorchDispatchMode):
         outputs = tensors([result]) if result is not None else []
         outputs += [t for t in written if all(t is not o for o in outputs)]
         shared = {storage(t) for t in inputs}
-        depends = any(storage(t) in self._depends for t in inputs)
-        for tensor in outputs:
-            if storage(tensor) not in shared:  # new memory: nothing of what lay there before counts
-                for memory in (self._writers, self._outside):
-                    memory.pop(storage(tensor), None)
-                self._meant.discard(storage(tensor))
-            if depends:
-                self._depends.add(storage(tensor))
-            elif storage(tensor) not in shared:
-                self._depends.discard(storage(tensor))
+        self._follow(outputs, shared, any(key in self._depends for key in shared))
         made = [t for t in outputs if storage(t) not in shared or id(t) in ids]
         bad = [t for t in made if not is_finite(t)]
         if bad:
@@ -209,8 +203,20 @@ class Watch(TorchDispatchMode):
                 self._meant.discard(storage(tensor))
         if forward is None and spot.phase in ("forward", "loss"):
             self._count(spot.op, shared if made else set())
-            self._forward.setdefault(torch.autograd._get_sequence_nr() - 1, (spot, not bad))
+            self._forward.setdefault(_get_sequence_nr() - 1, (spot, not bad))
         return result
+
+    def _follow(self, outputs: list[Tensor], shared: set[int], depends: bool) -> None:
+        """Whether what an operation wrote depends on the parameters; of new memory, nothing that lay there counts."""
+        for tensor in outputs:
+            key = storage(tensor)
+            if key not in shared:
+                self._writers.pop(key, None)
+                self._outside.pop(key, None)
+                self._meant.discard(key)
+                self._depends.discard(key)
+            if depends:
+                self._depends.add(key)
 
     def _count(self, op: str, read: set[int]) -> None:
         """Follow how often each parameter is applied in the forward pass."""
@@ -252,7 +258,7 @@ class Watch(TorchDispatchMode):
             Operand(
                 Stats.of(old),
                 tuple(writers),
-                meant and not bool(torch.isnan(old).any()),
+                self._put_there(old, t, writers, meant),
                 storage(t) in self._depends,
                 self._outside.get(storage(t), ""),
                 storage(t) not in self._depends and bool(((old == 0) | (old == 1)).all()),
@@ -288,6 +294,12 @@ class Watch(TorchDispatchMode):
             else:
                 self._meant.discard(key)
 
+    def _put_there(self, old: Tensor, tensor: Tensor, writers: list[int], meant: bool) -> bool:
+        """Infinities of a literal, or in a constant or a buffer of the model; not those in rows and parameters."""
+        if bool(torch.isnan(old).any()):
+            return False
+        return meant if writers else not self._outside.get(storage(tensor), "").startswith(("x", "y", "parameter"))
+
     def _is_meant(
         self, op: str, operands: tuple[Operand, ...], scalars: tuple[float, ...], results: tuple[Stats, ...]
     ) -> bool:
@@ -297,7 +309,7 @@ class Watch(TorchDispatchMode):
         not_finite = [o for o in operands if not o.stats.finite]
         not_finite = [o for o in operands if not o.stats.finite]
         if not_finite:
-            return all(o.meant or (o.outside.startswith("buffer") and not o.stats.nans) for o in not_finite)
+            return all(o.meant for o in not_finite)
         return any(math.isinf(s) for s in scalars) or not operands or (op == "log" and operands[0].is_mask)
 
 
@@ -352,4 +364,3 @@ def _witness(operands: list[Tensor], result: Tensor) -> tuple[float, ...]:
         return ()
     at = tuple((~torch.isfinite(result)).nonzero()[0].tolist()) if result.dim() else ()
     return tuple(float(t[at]) for t in spread if not t.is_complex())
-

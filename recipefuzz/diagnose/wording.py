@@ -11,21 +11,22 @@ from recipefuzz.diagnose.watching import Event
 ADVICE = {
     "data_nonfinite": "drop or fill those rows where the data are loaded",
     "division_by_zero": "keep the divisor away from zero: add an epsilon (x / (d + 1e-8)), or clamp it",
-    "log_of_zero": "give the loss logits instead (cross_entropy, log_softmax, binary_cross_entropy_with_logits), or clamp "
-    "the argument: torch.log(p.clamp(min=1e-7))",
+    "log_of_zero": "give the loss logits instead (cross_entropy, log_softmax, binary_cross_entropy_with_logits), or "
+    "clamp the argument: torch.log(p.clamp(min=1e-7))",
     "log_of_negative": "the argument must be positive: make it so with softplus or exp, or clamp it",
-    "sqrt_gradient_at_zero": "its derivative is infinite there: add an epsilon inside, as in torch.sqrt(x + 1e-8), or keep "
-    "the argument off the edge with clamp; torch.where afterwards does not help, since 0 * inf is NaN",
+    "sqrt_gradient_at_zero": "its derivative is infinite there: add an epsilon inside, as in torch.sqrt(x + 1e-8), or "
+    "keep the argument off the edge with clamp; torch.where afterwards does not help, since 0 * inf is NaN",
     "domain_error": "the argument has left the function's domain, often by rounding alone: clamp it, as in "
     "x.clamp(min=0).sqrt() or x.clamp(-1 + 1e-6, 1 - 1e-6).acos()",
     "exp_overflow": "subtract the maximum first, or use the stable form: softmax, log_softmax, logsumexp, softplus",
-    "empty_reduction": "nothing is left to average: skip such batches or divide by clamp(min=1); std(unbiased=False) for a "
-    "single element; drop_last=True for a last partial batch",
+    "empty_reduction": "nothing is left to average: skip such batches or divide by clamp(min=1); "
+    "std(unbiased=False) for a single element; drop_last=True for a last partial batch",
     "fully_masked_softmax": "a row whose every entry is masked has no softmax: mask with a large negative number "
     "(-1e9), or leave such rows out",
     "zero_times_inf": "an intended infinity meets a zero or another infinity: fill it with 0 before that operation "
     "(masked_fill, torch.where on the operand)",
-    "half_precision_overflow": "the value is out of half precision's range: compute this operation in float32, or use bfloat16",
+    "half_precision_overflow": "the value is out of half precision's range: compute this operation in float32, or in "
+    "bfloat16",
 }
 
 

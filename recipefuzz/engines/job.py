@@ -20,8 +20,8 @@ class Job:
 
     Attributes:
         key: the caller's name for it, handed back with the outcome.
-        whole: run the whole short budget even where the verdict is evident before, so that skills of
-            different recipes can be compared at the same step.
+        whole: run the whole short budget even where the verdict is evident before: skills of different recipes are
+            then compared at the same step, and a NaN that comes late is seen.
     """
 
     key: int

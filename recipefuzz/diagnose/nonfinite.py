@@ -1,0 +1,128 @@
+"""A trial that went NaN: the operation it began with, the cause, the root, and what mends it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+
+from recipefuzz.diagnose import remedies, wording
+from recipefuzz.diagnose.causes import OVERFLOW, cause_of
+from recipefuzz.diagnose.diagnosis import Diagnosis, Fix, Root
+from recipefuzz.diagnose.explosions import Health, explosion
+from recipefuzz.diagnose.patch import Mended
+from recipefuzz.diagnose.patient import Patient
+from recipefuzz.diagnose.replay import Failure, first_failure
+from recipefuzz.diagnose.roots import root_of
+from recipefuzz.engines.job import Outcome
+from recipefuzz.targets.task import TensorRows
+from recipefuzz.verdict import Label
+
+
+def not_finite(patient: Patient, outcome: Outcome) -> Diagnosis:
+    """Where the first value that is not finite came from, why, and what mends it."""
+    assert outcome.trace.first_bad is not None
+    health = Health.of(outcome.trace, outcome.baseline)
+    failure = first_failure(
+        patient.task,
+        patient.recipe,
+        patient.seed,
+        patient.device,
+        patient.rows,
+        outcome.trace.first_bad,
+        patient.budget.limit,
+    )
+    if failure is None:
+        text = f"not finite at step {outcome.trace.first_bad}, but not when it was run again: the code draws random "
+        text += "numbers of its own, or keeps state between runs"
+        return Diagnosis(Label.NAN, Root.CODE, "unknown", step=outcome.trace.first_bad, explanation=text)
+    return _explained(patient, failure, health)
+
+
+def _explained(patient: Patient, failure: Failure, health: Health) -> Diagnosis:
+    cause = cause_of(failure.origin)
+    fixes: tuple[Fix, ...] = ()
+    mended: bool | None = None
+    if cause == OVERFLOW:
+        fixes = _recipe_fixes(patient)
+        working = frozenset(a for f in fixes if f.verdict == Label.CONVERGING and len(f.values) == 1 for a in f.values)
+        phase = failure.origin.event.spot.phase if failure.origin.event else "forward"
+        recipe = patient.recipe
+        cause = explosion(
+            phase, health, recipe.optimizer, recipe.init_scale, recurrent=failure.recurrent, mended_by=working
+        )
+    elif cause == "data_nonfinite":
+        mended = _without_bad_rows(patient)
+    elif failure.origin.event is not None:
+        mended = _with_line_mended(patient, failure)
+        if not (mended or health.sound) or patient.recipe.precision != "fp32":
+            fixes = _recipe_fixes(patient)
+    remedied = any(f.verdict == Label.CONVERGING for f in fixes)
+    root = root_of(cause, health, mended=mended, remedied=remedied, in_half=patient.recipe.precision != "fp32")
+    return _diagnosis(failure, health, cause, root, mended, fixes if root is Root.RECIPE else ())
+
+
+def _recipe_fixes(patient: Patient) -> tuple[Fix, ...]:
+    applies = patient.applies
+    steps = patient.config.trial.steps
+    fixes = patient.remedied(remedies.for_failure(patient.recipe, applies, steps))
+    if any(f.works for f in fixes):
+        return fixes
+    return (*patient.remedied(remedies.together(patient.recipe, applies)), *fixes)
+
+
+def _without_bad_rows(patient: Patient) -> bool | None:
+    """Whether the same recipe trains on the rows that are finite."""
+    rows = patient.task.train
+    if not isinstance(rows, TensorRows):
+        return None
+    good = torch.tensor([True] * len(rows))
+    for side in (rows.x, rows.y):
+        if side.is_floating_point():
+            good &= torch.isfinite(side).reshape(len(side), -1).all(dim=1)
+    if not good.any():
+        return False
+    return patient.converges(replace(patient.task, train=TensorRows(rows.x[good], rows.y[good])))
+
+
+def _with_line_mended(patient: Patient, failure: Failure) -> bool | None:
+    """Whether the same recipe trains with the producing line's operation kept off its singular point."""
+    event = failure.origin.event
+    assert event is not None
+    if not event.spot.file:
+        return None
+    with Mended(event.spot.file, event.spot.line) as mended:
+        converges = patient.converges(patient.task)
+    return converges if mended.used else None
+
+
+def _diagnosis(
+    failure: Failure,
+    health: Health,
+    cause: str,
+    root: Root,
+    mended: bool | None,
+    fixes: tuple[Fix, ...],
+) -> Diagnosis:
+    origin = failure.origin
+    event = origin.event
+    spot = event.spot if event else None
+    data = cause == "data_nonfinite"
+    operation = (event.forward.op if event.forward else event.spot.op) if event else ""
+    return Diagnosis(
+        Label.NAN,
+        root,
+        cause,
+        phase="data" if data else spot.phase if spot else "forward",
+        op=operation,
+        module=spot.module if spot else "",
+        file=spot.file if spot else "",
+        line=spot.line if spot else 0,
+        step=failure.step,
+        explanation=f"{wording.happened(origin, cause, failure.step, failure.symptom, failure.rows)}; "
+        f"{wording.health_words(health)}",
+        evidence={**vars(health), "symptom": failure.symptom, "mended": mended},
+        chain=tuple(wording.place(e) for e in origin.chain),
+        advice=wording.ADVICE.get(cause, "") if root is not Root.RECIPE else "",
+        fixes=fixes,
+    )

@@ -1,0 +1,93 @@
+"""A trial under diagnosis, and the means to run it and others like it again."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from recipefuzz.config import Config
+from recipefuzz.diagnose import remedies
+from recipefuzz.diagnose.diagnosis import Fix
+from recipefuzz.diagnose.remedies import Applies, Runner
+from recipefuzz.engines import prepare
+from recipefuzz.engines.baselines import Baselines
+from recipefuzz.engines.job import Job, Outcome
+from recipefuzz.engines.sequential import SequentialEngine, one_thread, train
+from recipefuzz.errors import RAISED
+from recipefuzz.recipe import Recipe
+from recipefuzz.targets.baseline import Constant
+from recipefuzz.targets.norms import replace_norms
+from recipefuzz.targets.seeding import seeded
+from recipefuzz.targets.task import Rows, Task
+from recipefuzz.verdict import Budget, Label
+
+
+@dataclass(frozen=True)
+class Patient:
+    """A trial to be diagnosed, and what runs others like it.
+
+    Attributes:
+        run: trains changed recipes, side by side where that pays.
+    """
+
+    config: Config
+    task: Task
+    recipe: Recipe
+    seed: int
+    device: torch.device
+    run: Runner
+
+    @property
+    def budget(self) -> Budget:
+        return Budget(self.config.trial.steps, self.config.trial.extend)
+
+    def train(self, task: Task | None = None) -> Outcome:
+        """The trial itself to the end of its short budget, in this process; or the same on a changed task.
+
+        Where no constant prediction has a finite loss, skill can't be measured; NaN still shows.
+        """
+        task = task or self.task
+        engine = SequentialEngine(task, self.budget, self.device)
+        with one_thread():
+            rows = engine.rows_of(self.recipe)
+            try:
+                constant = Baselines(task, self.device).of(self.recipe)
+            except ValueError:
+                constant = Constant(float("nan"))
+            job = Job(0, self.recipe, self.seed, whole=True)
+            return train(task, job, self.budget, self.device, rows, constant)
+
+    @property
+    def rows(self) -> Rows:
+        """Training rows as the recipe scales them, on the device."""
+        return SequentialEngine(self.task, self.budget, self.device).rows_of(self.recipe)[0]
+
+    @property
+    def applies(self) -> Applies:
+        x, y = self.task.train.take(torch.arange(1))
+        targets = isinstance(y, Tensor) and y.is_floating_point() and self.task.loss_kind == "mse"
+        return Applies(self._has_norm(), isinstance(x, Tensor) and x.is_floating_point(), targets)
+
+    def _has_norm(self) -> bool:
+        if self.task.takes_norm:
+            return True
+        with seeded(0):
+            model = prepare.build_model(self.task, self.recipe.but(norm=None), torch.device("cpu"))
+        try:
+            return replace_norms(model, "layer") > 0
+        except ValueError:
+            return False
+
+    def converges(self, task: Task) -> bool:
+        """Whether the same recipe does on a changed task."""
+        try:
+            outcome = self.train(task)
+        except RAISED:
+            return False
+        return outcome.verdict is not None and outcome.verdict.label is Label.CONVERGING
+
+    def remedied(self, changes: Sequence[remedies.Remedy]) -> tuple[Fix, ...]:
+        return remedies.tried(self.recipe, self.seed, changes, self.run)
