@@ -10,6 +10,7 @@ from typing import Annotated
 
 import typer
 
+from recipefuzz.atomic import write_atomically
 from recipefuzz.errors import EXIT_BAD_ANSWER, EXIT_RUN_FAILED, InputError, Place, RecipefuzzError
 
 app = typer.Typer(
@@ -109,12 +110,42 @@ def run_recipes(
 
 
 @app.command()
+def diagnose(
+    config: Annotated[str, typer.Argument(metavar="CONFIG", help="A config, or a run's folder or name.")],
+    trial: Annotated[int | None, typer.Option(help="A trial of the run, by its number.")] = None,
+    changes: Annotated[list[str] | None, typer.Option("--set", help="axis=value, over the config's recipe.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Instead of the config's.")] = None,
+    workers: Annotated[str | None, typer.Option(help="auto, or a number of worker processes.")] = None,
+    save: Annotated[Path | None, typer.Option(help="Write a config that reproduces this one trial.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of lines.")] = False,
+) -> None:
+    """Why one recipe fails: where NaN begins, whether recipe, code or data is at fault, and a fix that was run."""
+    import json
+
+    from recipefuzz.config import load_config
+    from recipefuzz.diagnosing import diagnose as run_diagnosis
+    from recipefuzz.report.diagnosed import diagnosed
+    from recipefuzz.report.terminal import console
+    from recipefuzz.run_folder import RunFolder
+    from recipefuzz.source import parse_settings
+
+    study = load_config(Path(config)) if Path(config).is_file() else RunFolder.find(config).load_config()
+    found = run_diagnosis(study.but(workers=workers), changes=parse_settings(changes or []), trial=trial, seed=seed)
+    if save is not None:
+        write_atomically(save, found.as_config())
+    if as_json:
+        typer.echo(json.dumps(found.record(), indent=1))
+    else:
+        threshold = str(found.shrunk or "")
+        console().print(diagnosed(found.diagnosis, found.recipe.values(), found.seed, threshold))
+
+
+@app.command()
 def report(
     run: RunName,
     svg: Annotated[Path | None, typer.Option(help="Also save the summary as a picture (SVG).")] = None,
 ) -> None:
     """Write a run's tables again, from its store, and print its summary."""
-    from recipefuzz.atomic import write_atomically
     from recipefuzz.report.ranked import rank_run
     from recipefuzz.report.terminal import console, drawing, summary
     from recipefuzz.report.write import write_reports

@@ -21,11 +21,11 @@ PACKAGE = ROOT / "recipefuzz"
 LAYERS = (
     ("errors",),
     ("recipe", "space", "trace", "atomic"),
-    ("evidence", "verdict", "result", "ranking", "source", "axes", "config"),
+    ("evidence", "verdict", "result", "diagnosis", "ranking", "source", "axes", "config"),
     ("targets/",),
     ("engines/", "journal", "sampling", "store", "run_folder", "report/", "template"),
     ("diagnose/",),
-    ("searching", "judging"),
+    ("diagnosing", "searching", "judging"),
     ("cli", "__init__", "__main__"),
 )
 PURE = 3  # layers from below that know neither torch nor optuna: their rules are tested in milliseconds

@@ -8,7 +8,7 @@ import torch
 
 from recipefuzz.diagnose import remedies, wording
 from recipefuzz.diagnose.causes import OVERFLOW, cause_of
-from recipefuzz.diagnose.diagnosis import Diagnosis, Fix, Root
+from recipefuzz.diagnosis import Diagnosis, Fix, Root
 from recipefuzz.diagnose.explosions import Health, explosion
 from recipefuzz.diagnose.patch import Mended
 from recipefuzz.diagnose.patient import Patient
@@ -37,6 +37,18 @@ def not_finite(patient: Patient, outcome: Outcome) -> Diagnosis:
         text += "numbers of its own, or keeps state between runs"
         return Diagnosis(Label.NAN, Root.CODE, "unknown", step=outcome.trace.first_bad, explanation=text)
     return _explained(patient, failure, health)
+
+
+def ahead(failure: Failure, outcome: Outcome) -> Diagnosis:
+    """A trial that converges, and a batch of the user's own epochs that would break it."""
+    cause = cause_of(failure.origin)
+    health = Health.of(outcome.trace, outcome.baseline)
+    root = Root.DATA if cause == "data_nonfinite" else Root.CODE
+    found = _diagnosis(failure, health, cause if cause != OVERFLOW else "exploding_activations", root, None, ())
+    rows = len(failure.rows)
+    text = f"the trial itself converges, but an epoch over all rows meets a batch of {rows} "
+    text += f"{'row' if rows == 1 else 'rows'} that is not finite: {found.explanation}"
+    return replace(found, verdict=Label.CONVERGING, explanation=text)
 
 
 def _explained(patient: Patient, failure: Failure, health: Health) -> Diagnosis:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from recipefuzz.diagnose.diagnosis import Fix
+from recipefuzz.diagnosis import Fix
 from recipefuzz.engines.job import Job, Outcome
 from recipefuzz.evidence import skill_at_end
 from recipefuzz.recipe import Recipe, Scalar
@@ -162,4 +163,5 @@ def _fix(recipe: Recipe, remedy: Remedy, outcomes: Sequence[Outcome]) -> Fix:
     assert outcome.verdict is not None
     converged = int(outcome.verdict.label is Label.CONVERGING)
     skill = skill_at_end(outcome.trace, outcome.baseline)
-    return Fix(remedy.change(recipe), remedy.values, outcome.verdict.label, skill, 1, converged)
+    known = None if math.isnan(skill) else round(skill, 4)
+    return Fix(remedy.change(recipe), remedy.values, outcome.verdict.label, known, 1, converged)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from recipefuzz.diagnose.diagnosis import Root
+from recipefuzz.diagnosis import Root
 from recipefuzz.diagnose.explosions import Health
 
 EXPLOSIONS = ("exploding_activations", "exploding_gradients", "exploding_parameters")

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from recipefuzz.diagnose.diagnosis import Diagnosis, Root
-from recipefuzz.diagnose.nonfinite import not_finite
+from recipefuzz.diagnosis import Diagnosis, Root
+from recipefuzz.diagnose.hazards import hazard_of
+from recipefuzz.diagnose.nonfinite import ahead, not_finite
 from recipefuzz.diagnose.patient import Patient
 from recipefuzz.errors import RAISED, RunFailedError, describe_exception
 from recipefuzz.verdict import Label
@@ -24,4 +25,5 @@ def diagnose_trial(patient: Patient) -> Diagnosis:
         return not_finite(patient, outcome)
     if outcome.verdict.label is Label.STALLED:
         return Diagnosis(outcome.verdict.label, Root.RECIPE, outcome.verdict.cause, explanation=outcome.verdict.reason)
-    return Diagnosis(outcome.verdict.label, explanation=outcome.verdict.reason)
+    hazard = hazard_of(patient)
+    return ahead(hazard, outcome) if hazard else Diagnosis(outcome.verdict.label, explanation=outcome.verdict.reason)
