@@ -70,7 +70,7 @@ def search(
         raise
     finally:
         progress.close()
-    out.print(summary(result.folder, study, result.results, result.ranked))
+    out.print(summary(result.folder, study, result.results, result.ranked, result.diagnoses))
     if result.best is None:
         raise typer.Exit(EXIT_BAD_ANSWER)
 
@@ -154,8 +154,9 @@ def report(
     folder = RunFolder.find(run)
     config, (results, _) = folder.load_config(), folder.read()
     ranking, winner = rank_run(config, results)
-    write_reports(folder.path, config, results, ranking, winner)
-    shown = summary(folder.path, config, results, ranking)
+    diagnoses = folder.diagnoses()
+    write_reports(folder.path, config, results, ranking, winner, diagnoses)
+    shown = summary(folder.path, config, results, ranking, diagnoses)
     console().print(shown)
     if svg is not None:
         write_atomically(svg, drawing(shown, f"recipefuzz search {config.study}"))

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -88,6 +86,16 @@ def diagnose(
     with _patient(config, task, recipe, seed) as patient:
         found = diagnose_trial(patient)
         return Diagnosed(config, recipe, seed, found, _shrunk(patient, found, stored))
+
+
+def diagnose_stored(config: Config, task: Task, result: TrialResult, engine: Engine) -> Diagnosis:
+    """Explain a finished trial of a search that is still open.
+
+    Args:
+        engine: the search's; nothing else is under way in it.
+    """
+    device = torch.device(pick_device(config))
+    return diagnose_trial(Patient(config, task, result.recipe, result.seed, device, lambda jobs: run(engine, jobs)))
 
 
 @contextmanager

@@ -57,7 +57,9 @@ def parse_settings(settings: Iterable[str]) -> dict[str, Any]:
         except yaml.YAMLError:
             value = [text]
         if not equals or not name.strip() or isinstance(value, (dict, list)):
-            raise InputError("not a setting", place=Place(key="--set"), found=setting, expected="axis=value, as in lr=0.3")
+            raise InputError(
+                "not a setting", place=Place(key="--set"), found=setting, expected="axis=value, as in lr=0.3"
+            )
         found[name.strip()] = value
     return found
 

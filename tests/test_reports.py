@@ -23,10 +23,10 @@ from recipefuzz.axes import TAKEN
 from recipefuzz.config import Config, load_config, parse_config
 from recipefuzz.errors import InputError, RunFailedError
 from recipefuzz.ranking import best, rank
-from recipefuzz.recipe import NORMS, Recipe
+from recipefuzz.recipe import NORMS, Recipe, shown
 from recipefuzz.report import write as write_module
 from recipefuzz.report.failures import buckets, region
-from recipefuzz.report.picture import picture, shown, sparkline
+from recipefuzz.report.picture import picture, sparkline
 from recipefuzz.report.progress import Progress
 from recipefuzz.report.status import status_lines
 from recipefuzz.report.tables import failures_frame, ranking_frame, trials_frame, verdicts_frame, write_csv

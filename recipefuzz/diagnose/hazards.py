@@ -16,7 +16,7 @@ BATCHES = 64  # of an epoch, that are looked at: an epoch of most data sets that
 
 
 def hazard_of(patient: Patient) -> Failure | None:
-    """The first batch of an epoch that is not finite in loss or gradients, with the parameters that the trial ends with.
+    """The first batch of an epoch whose loss or gradients are not finite, with the parameters that the trial ends with.
 
     Costs one replay of the trial and an epoch, of 64 batches at most, without updates. What raises is left to the user:
     it is seen.

@@ -8,12 +8,12 @@ import torch
 
 from recipefuzz.diagnose import remedies, wording
 from recipefuzz.diagnose.causes import OVERFLOW, cause_of
-from recipefuzz.diagnosis import Diagnosis, Fix, Root
 from recipefuzz.diagnose.explosions import Health, explosion
 from recipefuzz.diagnose.patch import Mended
 from recipefuzz.diagnose.patient import Patient
 from recipefuzz.diagnose.replay import Failure, first_failure
 from recipefuzz.diagnose.roots import root_of
+from recipefuzz.diagnosis import Diagnosis, Fix, Root
 from recipefuzz.engines.job import Outcome
 from recipefuzz.targets.task import TensorRows
 from recipefuzz.verdict import Label

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from recipefuzz.config import Config
 from recipefuzz.diagnose import remedies
-from recipefuzz.diagnosis import Fix
 from recipefuzz.diagnose.remedies import Applies, Runner
+from recipefuzz.diagnosis import Fix
 from recipefuzz.engines import prepare
 from recipefuzz.engines.baselines import Baselines
 from recipefuzz.engines.job import Job, Outcome

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from recipefuzz.diagnosis import Fix
 from recipefuzz.engines.job import Job, Outcome
 from recipefuzz.evidence import skill_at_end
-from recipefuzz.recipe import Recipe, Scalar
+from recipefuzz.recipe import Recipe, Scalar, shown
 from recipefuzz.verdict import Label
 
 SEEDS = 3  # runs that a fix must pass: one may be luck
@@ -34,13 +34,7 @@ class Remedy:
     def change(self, recipe: Recipe) -> str:
         """In words: "lr 0.3 -> 0.1"."""
         old = recipe.values()
-        return ", ".join(f"{name} {_shown(old.get(name))} -> {_shown(new)}" for name, new in self.values.items())
-
-
-def _shown(value: Scalar) -> str:
-    if value is None:
-        return "none"
-    return f"{value:.3g}" if isinstance(value, float) else str(value)
+        return ", ".join(f"{name} {shown(old.get(name))} -> {shown(new)}" for name, new in self.values.items())
 
 
 @dataclass(frozen=True)

@@ -10,10 +10,12 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from recipefuzz.recipe import Recipe, Scalar
+from recipefuzz.recipe import Recipe, Scalar, shown
 
 POINTS = 7  # between the two ends in each round: as lanes they cost little more than one
-ROUNDS = 2  # an eighth of the way, twice: the bracket is then a 64th of the way, on a log scale where both ends allow it
+ROUNDS = (
+    2  # an eighth of the way, twice: the bracket is then a 64th of the way, on a log scale where both ends allow it
+)
 FailsAt = Callable[[Sequence[Recipe]], Sequence[bool]]
 
 
@@ -36,7 +38,7 @@ class Shrunk:
 
     def __str__(self) -> str:
         """Such as "fails for lr >= 0.43 (converges at 0.41) when init_scale = 3"."""
-        others = [f"{name} = {_shown(value)}" for name, value in self.blamed.items() if name != self.axis]
+        others = [f"{name} = {shown(value)}" for name, value in self.blamed.items() if name != self.axis]
         if not self.axis:
             return f"fails for {' and '.join(others)}"
         sign = ">=" if self.fails_at > self.converges_at else "<="
@@ -109,7 +111,3 @@ def _between(low: float, high: float, *, whole: bool) -> list[float]:
 
 def _is_number(value: Scalar) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
-def _shown(value: Scalar) -> str:
-    return "null" if value is None else f"{value:.3g}" if isinstance(value, float) else str(value)

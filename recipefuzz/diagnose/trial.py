@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from recipefuzz.diagnosis import Diagnosis, Root
 from recipefuzz.diagnose.hazards import hazard_of
 from recipefuzz.diagnose.nonfinite import ahead, not_finite
 from recipefuzz.diagnose.patient import Patient
+from recipefuzz.diagnosis import Diagnosis, Root
 from recipefuzz.errors import RAISED, RunFailedError, describe_exception
 from recipefuzz.verdict import Label
 

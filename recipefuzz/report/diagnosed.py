@@ -9,8 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from recipefuzz.diagnosis import Diagnosis, Fix, Root
-from recipefuzz.recipe import Recipe, Scalar
-from recipefuzz.report.picture import shown
+from recipefuzz.recipe import Recipe, Scalar, shown
 from recipefuzz.verdict import Label
 
 SHOWN = 3  # changes of the recipe beside the recommended one

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
+from recipefuzz.diagnosis import Diagnosis, Root
 from recipefuzz.recipe import Scalar
 from recipefuzz.result import Phase, TrialResult
 from recipefuzz.space import Choice, Range, Space
@@ -16,14 +17,15 @@ from recipefuzz.space import Choice, Range, Space
 CLEAR = 0.25  # least gain (share of the bucket inside minus share of the others) at which a region is named:
 # below it the sentence would send people to turn a knob that hardly matters
 SMALLEST = 3  # trials; fewer have no region
-Kind = tuple[str, str]  # verdict and cause; of an error, the beginning of its message
+Kind = tuple[str, ...]  # verdict, cause and, if diagnosed, the place; of an error, the beginning of its message
 
 
 @dataclass(frozen=True)
 class Bucket:
-    """Failures with the same verdict and cause.
+    """Failures with the same verdict and cause, or whose representatives were found to have the same cause and place.
 
     Attributes:
+        cause: of the diagnosis where there is one, else what the trace shows.
         where: the region that tells them from the other trials best, such as "lr > 0.8"; may be empty.
         example: the representative: the failing trial in the middle of the bucket.
     """
@@ -34,29 +36,57 @@ class Bucket:
     share: float
     where: str
     example: TrialResult
+    diagnosis: Diagnosis | None = None
 
     @property
     def reason(self) -> str:
         return self.example.error or self.example.reason
 
+    @property
+    def place(self) -> str:
+        """Where it is the code's fault: such as "model.py:31"."""
+        return self.diagnosis.where if self.diagnosis and self.diagnosis.root != Root.RECIPE else ""
+
     def __str__(self) -> str:
-        name = self.cause or self.verdict
+        name = (self.cause or self.verdict) + (f" at {self.place}" if self.place else "")
         return f"{self.trials} {'trial' if self.trials == 1 else 'trials'}: {name}" + (
             f" ({self.where})" if self.where else ""
         )
 
 
-def buckets(results: Sequence[TrialResult], space: Space) -> list[Bucket]:
-    """Buckets of the search's failing trials, largest first. An error's bucket is its message."""
+def buckets(
+    results: Sequence[TrialResult], space: Space, diagnoses: Mapping[int, Diagnosis] | None = None
+) -> list[Bucket]:
+    """Buckets of the search's failing trials, largest first. An error's bucket is its message.
+
+    Args:
+        diagnoses: by trial: a bucket has that of its representative. One representative is diagnosed, however many
+            trials fail, so buckets are first made of what the traces show, and joined where the diagnoses agree.
+    """
     trials = [r for r in results if r.phase is Phase.SEARCH]
     kinds: defaultdict[Kind | None, list[TrialResult]] = defaultdict(list)
     for result in trials:
         kinds[_kind(result)].append(result)
-    largest_first = sorted(kinds, key=lambda kind: -len(kinds[kind]))
-    return [_bucket(kind, kinds, len(trials), space) for kind in largest_first if kind is not None]
+    joined: defaultdict[Kind | None, list[TrialResult]] = defaultdict(list)
+    examples: dict[Kind | None, TrialResult] = {}
+    for kind in sorted(kinds, key=lambda kind: -len(kinds[kind])):
+        inside = kinds[kind]
+        example = inside[len(inside) // 2]
+        found = diagnoses.get(example.trial) if diagnoses and kind else None
+        known = kind if kind is None or found is None or not found.cause else (kind[0], found.cause, found.where)
+        joined[known] += inside
+        examples.setdefault(known, example)
+    made = [_bucket(kind, joined, examples[kind], len(trials), space) for kind in joined if kind is not None]
+    return sorted([replace(b, diagnosis=(diagnoses or {}).get(b.example.trial)) for b in made], key=lambda b: -b.trials)
 
 
-def _bucket(kind: Kind, kinds: Mapping[Kind | None, Sequence[TrialResult]], trials: int, space: Space) -> Bucket:
+def _bucket(
+    kind: Kind,
+    kinds: Mapping[Kind | None, Sequence[TrialResult]],
+    example: TrialResult,
+    trials: int,
+    space: Space,
+) -> Bucket:
     inside = kinds[kind]
     return Bucket(
         verdict=kind[0],
@@ -64,7 +94,7 @@ def _bucket(kind: Kind, kinds: Mapping[Kind | None, Sequence[TrialResult]], tria
         trials=len(inside),
         share=len(inside) / trials,
         where=_where(kind, kinds, space) if len(inside) >= SMALLEST else "",
-        example=inside[len(inside) // 2],
+        example=example,
     )
 
 

@@ -7,7 +7,8 @@ from collections.abc import Iterator
 
 from recipefuzz.config import Config
 from recipefuzz.ranking import candidates
-from recipefuzz.report.picture import COLORS, outcome, shown
+from recipefuzz.recipe import shown
+from recipefuzz.report.picture import COLORS, outcome
 from recipefuzz.report.ranked import rank_run
 from recipefuzz.result import Phase, TrialResult
 from recipefuzz.run_folder import RunFolder
