@@ -234,12 +234,12 @@ class Watch(TorchDispatchMode):
             return Spot(self.phase, op, module, file, line), None, True
         forward, finite = self._forward.get(node._sequence_nr(), (None, True))
         file, line = user_line(backward=True)
-        here = Spot("backward", op, "", file, line)
+        here = Spot("backward", op, forward.module if forward else "", file, line)
+        if file:  # the backward pass of a custom Function: the user's own operation
+            return here, None, True
         if forward is None:
             return here, Spot("forward", node.name().split("::")[-1]), True
-        if not file:
-            here = replace(here, module=forward.module, file=forward.file, line=forward.line)
-        return here, forward, finite
+        return replace(here, file=forward.file, line=forward.line), forward, finite
 
     def _keep(
         self,
@@ -279,7 +279,7 @@ class Watch(TorchDispatchMode):
                 results,
                 meant,
                 _finite_in_double(func, args, kwargs, before) if clean and not meant else None,
-                _witness([old for old, *_ in operands], made[0]) if clean else (),
+                _witness([old for old, *_ in operands], next(t for t in made if not is_finite(t))) if clean else (),
                 forward_finite,
             )
         )
