@@ -131,8 +131,13 @@ def _diagnosis(
         file=spot.file if spot else "",
         line=spot.line if spot else 0,
         step=failure.step,
-        explanation=f"{wording.happened(origin, cause, failure.step, failure.symptom, failure.rows)}; "
-        f"{wording.health_words(health)}",
+        explanation="; ".join(
+            [
+                wording.happened(origin, cause, failure.step, failure.symptom, failure.rows),
+                wording.health_words(health),
+                *([wording.MENDED[cause == "data_nonfinite"]] if mended else []),
+            ]
+        ),
         evidence={**vars(health), "symptom": failure.symptom, "mended": mended},
         chain=tuple(wording.place(e) for e in origin.chain),
         advice=wording.ADVICE.get(cause, "") if root is not Root.RECIPE else "",
