@@ -19,6 +19,7 @@ from recipefuzz import evidence
 from recipefuzz.config import Config, load_config, parse_config
 from recipefuzz.diagnosing import diagnose_stored
 from recipefuzz.diagnosis import Diagnosis
+from recipefuzz.engines.ahead import Ahead, of_search
 from recipefuzz.engines.job import Engine, Job, Outcome
 from recipefuzz.engines.rehearse import rehearse
 from recipefuzz.engines.select import ask_ahead, open_engine, pick_device
@@ -33,7 +34,7 @@ from recipefuzz.result import Phase, TrialResult, result_of
 from recipefuzz.run_folder import RunFolder, fingerprints, identity
 from recipefuzz.sampling import total
 from recipefuzz.source import numbers_as_meant
-from recipefuzz.store import StudySearch
+from recipefuzz.store import Store, StudySearch
 from recipefuzz.targets.resolve import resolve, user_files
 from recipefuzz.targets.task import Task
 from recipefuzz.verdict import Budget
@@ -166,10 +167,18 @@ def _opened(
     code = fingerprints(user_files(config))
     with (
         contextlib.closing(folder.open(config, code, fresh=fresh)) as store,
-        contextlib.closing(open_engine(config, task, listener.say)) as engine,
+        contextlib.closing(open_engine(config, task, listener.say, _ahead(config, store))) as engine,
     ):
         window = ask_ahead(config, engine)
         yield folder, store.begin(identity(config, code), config.axes, config.search, window), engine
+
+
+def _ahead(config: Config, store: Store) -> Ahead:
+    """What is left to train: of the search, and its confirming runs."""
+    confirm = config.search.confirm
+    trials = total(config.search, config.axes) + confirm.top * confirm.seeds - len(store.results())
+    seconds = None if config.search.time is None else max(0.0, config.search.time - store.seconds())
+    return of_search(config.axes, max(1, trials), seconds)
 
 
 def _explore(config: Config, study: StudySearch, engine: Engine, listener: Listener) -> None:

@@ -25,6 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import TensorDataset
 
 from recipefuzz.engines import fused, plan, pool, sequential
+from recipefuzz.engines.ahead import Ahead
 from recipefuzz.engines.capture import CannotCaptureError
 from recipefuzz.engines.fused import FusedEngine
 from recipefuzz.engines.job import Job, run
@@ -49,6 +50,7 @@ from recipefuzz.verdict import Budget, Label
 
 CPU = torch.device("cpu")
 SHORT = Budget(6, 0)
+AHEAD = Ahead()
 GENERATOR = torch.Generator().manual_seed(0)
 VECTORS = torch.randn(40, 6, generator=GENERATOR)
 IMAGES = torch.randn(40, 1, 6, 6, generator=GENERATOR)
@@ -959,8 +961,8 @@ def build(width=4):
 """
 
 
-def plan_of(config, processes=1):
-    return planned(config, resolve(config), config.default_recipe(), CPU, processes)
+def plan_of(config, ahead=AHEAD):
+    return planned(config, resolve(config), config.default_recipe(), CPU, ahead)
 
 
 def test_fused_is_refused_for_a_model_that_can_not_be(write_study):
@@ -1020,7 +1022,7 @@ def test_no_more_lanes_than_fit(write_study, monkeypatch, fits, lanes):
 def test_the_engine_that_is_opened_says_what_it_is(write_study):
     lines = []
     config = write_study(BRANCHING, "run: {workers: 0}\n")
-    engine = open_engine(config, resolve(config), lines.append)
+    engine = open_engine(config, resolve(config), lines.append, AHEAD)
     assert isinstance(engine, SequentialEngine)
     assert len(lines) == 1
     assert lines[0].startswith("sequential engine, this process on cpu: it can't be fused: ")

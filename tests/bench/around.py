@@ -35,6 +35,7 @@ PHASES = ("ask, tell", "record", "result_of", "judge", "report")
 
 def real_outcomes(trials: int) -> tuple[list[Outcome], float]:
     """Of recipes picked at random, and the trials per second that the engine trained them at, started and warm."""
+    from recipefuzz.engines.ahead import Ahead
     from recipefuzz.engines.select import open_engine
     from recipefuzz.targets.resolve import resolve
 
@@ -42,7 +43,7 @@ def real_outcomes(trials: int) -> tuple[list[Outcome], float]:
     with tempfile.TemporaryDirectory() as folder, contextlib.closing(_search(folder, config, 2 * trials)) as opened:
         recipes = [config.recipe_of(asked.values) for asked in opened.search.refill()]
     jobs = [Job(i, recipe, 0) for i, recipe in enumerate(recipes)]
-    with contextlib.closing(open_engine(config, resolve(config), lambda _: None)) as engine:
+    with contextlib.closing(open_engine(config, resolve(config), lambda _: None, Ahead())) as engine:
         list(run(engine, jobs[: trials // 4]))
         outcomes: list[Outcome] = []
         took = seconds(lambda: outcomes.extend(run(engine, jobs)))
