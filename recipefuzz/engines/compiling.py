@@ -32,9 +32,9 @@ from recipefuzz.engines.processes import SAFE_PATH, apart_from_users_code
 from recipefuzz.engines.program import Program
 from recipefuzz.errors import RAISED
 
-# assumed of a build where this machine knows of none: an MLP of 137 calls took 18 s, and became 2.4 times as fast;
-# larger models gain less
-ASSUMED_SPEEDUP, ASSUMED_SECONDS_PER_CALL = 1.3, 0.15
+# assumed where this machine has built nothing yet: MLPs of 63 and 137 calls took 11 to 18 s each and became 1.6 to 2.4
+# times as fast
+ASSUMED_SPEEDUP, ASSUMED_SECONDS, ASSUMED_SECONDS_PER_CALL = 1.5, 10.0, 0.08
 MARGIN = 2.0  # times its cost that a build must save: the work that is left is an estimate, and cores may be shared
 FASTER = 1.05  # under which a compiled step is not used: the measuring is no more exact
 REPEATS = 5  # of both steps when they are compared; the least time counts
@@ -69,13 +69,21 @@ def pays(left: Left, cost: float, speedup: float, processes: int) -> bool:
 
 
 def expected(own: Note | None, others: Iterable[Note], calls: int) -> tuple[float, float]:
-    """Seconds that a build is expected to take, and the speed-up that it brings."""
-    known = [note for note in others if note.speedup and note.calls]
-    seconds = median(n.seconds / n.calls for n in known) if known else ASSUMED_SECONDS_PER_CALL
+    """Seconds that a build is expected to take, and the speed-up that it brings.
+
+    Args:
+        own: of this very recording; `others`: of others on this machine.
+    """
+    known = [note for note in others if note.speedup]
     speedup = median(n.speedup for n in known) if known else ASSUMED_SPEEDUP
-    if own is None:
-        return seconds * calls, speedup
-    return own.seconds, own.speedup or speedup
+    if own is not None:
+        return own.seconds, own.speedup or speedup
+    slower = median(n.seconds / _assumed_seconds(n.calls) for n in known) if known else 1.0
+    return slower * _assumed_seconds(calls), speedup
+
+
+def _assumed_seconds(calls: int) -> float:
+    return ASSUMED_SECONDS + ASSUMED_SECONDS_PER_CALL * calls
 
 
 def differs(plain: Sequence[Tensor], compiled: Sequence[Tensor], allowed: float) -> bool:
