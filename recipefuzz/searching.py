@@ -19,7 +19,7 @@ from recipefuzz import evidence
 from recipefuzz.config import Config, load_config, parse_config
 from recipefuzz.diagnosing import diagnose_stored
 from recipefuzz.diagnosis import Diagnosis
-from recipefuzz.engines.ahead import Ahead, of_search
+from recipefuzz.engines.ahead import Ahead
 from recipefuzz.engines.job import Engine, Job, Outcome
 from recipefuzz.engines.rehearse import rehearse
 from recipefuzz.engines.select import ask_ahead, open_engine, pick_device
@@ -174,11 +174,11 @@ def _opened(
 
 
 def _ahead(config: Config, store: Store) -> Ahead:
-    """What is left to train: of the search, and its confirming runs."""
+    """The search, and its confirming runs."""
     confirm = config.search.confirm
-    trials = total(config.search, config.axes) + confirm.top * confirm.seeds - len(store.results())
+    trials = total(config.search, config.axes) + confirm.top * confirm.seeds
     seconds = None if config.search.time is None else max(0.0, config.search.time - store.seconds())
-    return of_search(config.axes, max(1, trials), seconds)
+    return Ahead(trials, done=len(store.results()), seconds=seconds)
 
 
 def _explore(config: Config, study: StudySearch, engine: Engine, listener: Listener) -> None:

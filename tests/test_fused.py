@@ -25,7 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import TensorDataset
 
 from recipefuzz.engines import fused, plan, pool, sequential
-from recipefuzz.engines.ahead import Ahead, of_recipes, of_search
+from recipefuzz.engines.ahead import Ahead, of_recipes
 from recipefuzz.engines.capture import CannotCaptureError
 from recipefuzz.engines.fused import FusedEngine
 from recipefuzz.engines.job import Job, once, run
@@ -40,7 +40,6 @@ from recipefuzz.engines.select import open_engine
 from recipefuzz.engines.sequential import SequentialEngine
 from recipefuzz.errors import InputError
 from recipefuzz.recipe import NORMS, Recipe
-from recipefuzz.space import Choice, Range, Space
 from recipefuzz.targets.builtin.models import MODELS
 from recipefuzz.targets.losses import LOSSES
 from recipefuzz.targets.resolve import resolve
@@ -1093,6 +1092,7 @@ def test_a_step_of_few_lanes_has_a_fixed_part():
     [
         (Ahead(), 32),
         (Ahead(10_000, 1), 32),
+        (Ahead(1), 32),  # a search: not guessed
         (Ahead(10_000, 100), 32),
         (Ahead(64, 16), 32),
         (Ahead(64, 32), 0),  # two lanes bring 1.6 times, and setting up takes as long as a whole step of both
@@ -1108,20 +1108,8 @@ def test_set_up_must_be_worth_it_for_the_recipes_of_a_structure(ahead, lanes):
         assert found.why.startswith(f"{ahead.trials} trials of {ahead.structures} structures, which can't share lanes")
 
 
-def test_what_is_ahead_of_a_search():
-    space = Space(
-        (
-            ("lr", Range(1e-5, 10, log=True)),
-            ("norm", Choice(("none", "batch", "layer"))),
-            ("optimizer", Choice(("sgd", "momentum", "adam"))),
-            ("clip_norm", Choice((None, 1, 5))),
-            ("depth", Range(1, 4, integer=True)),
-        )
-    )
-    assert of_search(space, 1000, 60.0) == Ahead(1000, 3 * 2 * 4, 1, 60.0)
-    assert of_search(space, 10, None).structures == 10
-    assert of_search(Space((("width", Range(0.1, 1.0)),)), 50, None).structures == 50
-    assert of_search(Space((("lr", Range(0.1, 1.0)),)), 50, None).structures == 1
+def test_what_is_left_counts_those_of_all_processes():
+    assert [Ahead(100, processes=2, done=30).left(n) for n in (0, 10, 35, 50)] == [70, 50, 0, 0]
 
 
 def test_what_is_ahead_of_given_recipes():

@@ -2,46 +2,36 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from recipefuzz.engines.job import FAMILIES, NUMBERS, structure
+from recipefuzz.engines.job import structure
 from recipefuzz.recipe import Recipe
-from recipefuzz.space import Space
 
 
 @dataclass(frozen=True)
 class Ahead:
-    """Trials to come.
+    """What a run trains.
 
     Attributes:
-        trials: in all processes together, at most; 0 if nothing is known.
-        structures: that they are of, see `job.structure`.
+        trials: in all, at most; 0 if nothing is known.
+        done: how many of them an earlier process has done.
+        structures: that they are of, see `job.structure`; None if it is not known. Of a search it is not guessed: the
+            engine would hang on times that are close to each other, and a search that is resumed must not change it.
         processes: that share them.
         seconds: after which no more are begun; None if there is no such limit.
     """
 
     trials: int = 0
-    structures: int = 1
+    structures: int | None = None
     processes: int = 1
+    done: int = 0
     seconds: float | None = None
 
-    @property
-    def each(self) -> float:
-        """Trials of a structure, if they are spread evenly."""
-        return self.trials / self.structures
+    def left(self, finished: int) -> int:
+        """Trials that are to come when each process has finished so many."""
+        return max(0, self.trials - self.done - finished * self.processes)
 
 
 def of_recipes(recipes: Sequence[Recipe]) -> Ahead:
     return Ahead(len(recipes), len({structure(recipe) for recipe in recipes}))
-
-
-def of_search(space: Space, trials: int, seconds: float | None) -> Ahead:
-    """Of a search: as many structures as the space has, or as there are trials."""
-    counts = []
-    for name, axis in space.axes:
-        if name not in NUMBERS:
-            values = axis.grid(max(1, trials))
-            counts.append(len({FAMILIES[str(v)] for v in values} if name == "optimizer" else values))
-    return Ahead(trials, max(1, min(trials, math.prod(counts))), seconds=seconds)

@@ -265,8 +265,7 @@ class FusedEngine:
     def _seconds_left(self, group: _Group) -> float:
         """Of all processes together, if trials go on to be of this structure as often, and to take as long."""
         ahead = self._ahead
-        trials = max(0, ahead.trials - self._finished * ahead.processes)
-        seconds = trials * group.seconds / max(1, self._finished)
+        seconds = ahead.left(self._finished) * group.seconds / max(1, self._finished)
         if ahead.seconds is None:
             return seconds
         return min(seconds, ahead.processes * max(0.0, self._begun + ahead.seconds - time.monotonic()))

@@ -157,8 +157,9 @@ def chosen(times: Times, fits: int, ahead: Ahead, budget: int) -> Plan:
     gain = f"{times.alone / best:.1f} times as fast as one by one"
     if best > WORTH_IT * times.alone:
         return Plan(0, f"in {lanes} lanes a step would be {gain}")
-    if ahead.trials:
-        filled = times.lane(min(ahead.each, lanes)) + times.setup / (ahead.each * TYPICAL * budget)
+    if ahead.structures:
+        each = ahead.trials / ahead.structures
+        filled = times.lane(min(each, lanes)) + times.setup / (each * TYPICAL * budget)
         if filled > WORTH_IT * times.alone:
             few = f"{ahead.trials} trials of {ahead.structures} structures"
             return Plan(
