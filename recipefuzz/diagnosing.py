@@ -15,6 +15,7 @@ from recipefuzz.diagnose.patient import Patient
 from recipefuzz.diagnose.shrink import Shrunk, shrink
 from recipefuzz.diagnose.trial import diagnose_trial
 from recipefuzz.diagnosis import Diagnosis, Root
+from recipefuzz.engines.ahead import of_recipes
 from recipefuzz.engines.job import Engine, Job, Outcome, run
 from recipefuzz.engines.select import open_engine, pick_device
 from recipefuzz.errors import InputError, Place, did_you_mean
@@ -105,7 +106,9 @@ def _patient(config: Config, task: Task, recipe: Recipe, seed: int) -> Iterator[
 
     def run_all(jobs: Sequence[Job]) -> Iterable[Outcome]:
         if not engines:
-            engines.append(open_engine(config, task, lambda _: None, most=len(jobs), recipe=recipe))
+            engines.append(
+                open_engine(config, task, lambda _: None, of_recipes([job.recipe for job in jobs]), recipe=recipe)
+            )
         return run(engines[0], jobs)
 
     try:
