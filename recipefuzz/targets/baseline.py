@@ -27,6 +27,7 @@ GAIN = 1e-6  # of the loss, under which a round is the last
 REFUSALS = (RuntimeError, ValueError, IndexError)  # of a constant output, by a loss: no gradient, a shape, an index
 FAR = 10.0  # times as far from the start: there, a loss that has a lower bound is no longer falling,
 FALLING = 0.01  # or by less than this share of its fall so far; -log(p) falls by 0.03 of it even from p = 1e30 on
+ROUNDING = 1e-5  # of a loss: float32 has 1e-7, and a mean over many rows a few times that
 NO_BOUND = (
     "the loss has no lower bound over constant predictions, and skill counts from the best one; does the model's "
     "output lack what the loss expects, such as the log_softmax of an nll_loss?"
@@ -165,7 +166,8 @@ class _Average:
         """Whether the loss goes on falling far beyond a point on its way from a start."""
         with torch.no_grad(), contextlib.suppress(*REFUSALS):
             first, here, there = (float(self(start + times * (point - start))) for times in (0.0, 1.0, FAR))
-            return here - there > FALLING * (first - here)
+            rounding = ROUNDING * max(abs(first), abs(here))
+            return here - there > max(FALLING * (first - here), rounding)
         return False
 
 
