@@ -17,6 +17,7 @@ from recipefuzz.diagnose.trial import diagnose_trial
 from recipefuzz.diagnosis import Diagnosis, Root
 from recipefuzz.engines.ahead import of_recipes
 from recipefuzz.engines.job import Engine, Job, Outcome, run
+from recipefuzz.engines.rehearse import try_step
 from recipefuzz.engines.select import open_engine, pick_device
 from recipefuzz.errors import InputError, Place, did_you_mean
 from recipefuzz.ranking import rank
@@ -83,6 +84,7 @@ def diagnose(
         recipe = config.default_recipe().but(**dict(changes or {}))
     task = resolve(config)
     _check_axes(task, config, changes or {})
+    try_step(task, config, recipe)
     seed = config.trial.seed if seed is None else seed
     with _patient(config, task, recipe, seed) as patient:
         found = diagnose_trial(patient)

@@ -31,13 +31,21 @@ class NonFinite:
     rows: tuple[int, ...]
     total_rows: int
 
+    def __str__(self) -> str:
+        spot = f"row {self.row}" + (f", column {', '.join(map(str, self.column))}" if self.column else "")
+        return f"{self.name} holds a value that is not finite: {spot} (counted from 0)"
+
+    @property
+    def found(self) -> str:
+        """The value, and how many there are."""
+        return f"{self.value}; {self.count} such values in {self.total_rows} rows"
+
     def error(self, place: Place) -> InputError:
         """What is said where they do harm."""
-        spot = f"row {self.row}" + (f", column {', '.join(map(str, self.column))}" if self.column else "")
         return InputError(
-            f"{self.name} holds a value that is not finite: {spot} (counted from 0)",
+            str(self),
             place=place,
-            found=f"{self.value}; {self.count} such values in {self.total_rows} rows",
+            found=self.found,
             expected="finite numbers: one NaN in a batch makes every parameter NaN",
             fix="drop or fill those rows in load()",
         )

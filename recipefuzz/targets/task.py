@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
-from torch.utils.data import Dataset, default_collate
+from torch.utils.data import Dataset, Subset, default_collate
 
 from recipefuzz.targets.non_finite import NonFinite
 
@@ -162,6 +162,13 @@ class Task:
     takes_norm: bool
     takes: frozenset[str] | None
     non_finite: tuple[NonFinite, ...] = ()
+
+
+def only(rows: Rows, index: Tensor) -> Rows:
+    """Some of a task's rows, which pass through no scaling yet."""
+    if isinstance(rows, DatasetRows):
+        return DatasetRows(Subset(rows.dataset, index.tolist()), rows.device)
+    return TensorRows(*rows.take(index))
 
 
 def some_rows(rows: Rows, most: int) -> Tensor:
