@@ -51,7 +51,8 @@ class Journal:
         self._synced, self._unsynced = -math.inf, False
         self._file = self._open_locked() if write else None
         try:
-            self._logs, self._size = _read(path)
+            self._held, self._size = _read(path)
+            self._read_to = 0, self._size  # the entries that were handed out, and the bytes that were read
             if self._file is not None:
                 self._file.truncate(self._size)
         except BaseException:
@@ -76,13 +77,24 @@ class Journal:
         return file
 
     def read_logs(self, log_number_from: int) -> list[dict[str, Any]]:
-        return self._logs[log_number_from:]
+        """Entries from that one on, the pending ones too. They are on disk alone: of a long study they are many."""
+        if log_number_from < self._read_to[0]:
+            self._held, self._read_to = [], (0, 0)
+        number, offset = self._read_to
+        logs = self._held + self._written_since(offset)
+        self._held, self._read_to = [], (number + len(logs), self._size)
+        return [*logs, *map(json.loads, self._pending)][log_number_from - number :]
+
+    def _written_since(self, offset: int) -> list[dict[str, Any]]:
+        with self._path.open("rb") as file:
+            file.seek(offset)
+            lines = file.read(self._size - offset).splitlines(keepends=True)
+        return _entries(lines) or []
 
     def append_logs(self, logs: Iterable[dict[str, Any]]) -> None:
         """Add entries; the next `flush` writes them."""
         for log in logs:
             self._pending.append(ENCODER.encode(log))
-            self._logs.append(log)
 
     def flush(self, *, sync: bool = True) -> None:
         """Write all entries added since in one piece.
