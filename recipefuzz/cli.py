@@ -70,7 +70,7 @@ def search(
         raise
     finally:
         progress.close()
-    out.print(summary(result.folder, study, result.results, result.ranked, result.diagnoses))
+    out.print(summary(result.folder, study, result.results, result.ranked, result.diagnoses, result.peak))
     if result.best is None:
         raise typer.Exit(EXIT_BAD_ANSWER)
 
@@ -152,11 +152,11 @@ def report(
     from recipefuzz.run_folder import RunFolder
 
     folder = RunFolder.find(run)
-    config, (results, _) = folder.load_config(), folder.read()
+    config, (results, _, peak) = folder.load_config(), folder.read()
     ranking, winner = rank_run(config, results)
     diagnoses = folder.diagnoses()
     write_reports(folder.path, config, results, ranking, winner, diagnoses)
-    shown = summary(folder.path, config, results, ranking, diagnoses)
+    shown = summary(folder.path, config, results, ranking, diagnoses, peak)
     console().print(shown)
     if svg is not None:
         write_atomically(svg, drawing(shown, f"recipefuzz search {config.study}"))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -24,6 +24,7 @@ from recipefuzz.engines.job import Engine, Job, Outcome
 from recipefuzz.engines.rehearse import rehearse
 from recipefuzz.engines.select import ask_ahead, open_engine, pick_device
 from recipefuzz.errors import InputError, RunFailedError
+from recipefuzz.peak import Peak, megabytes
 from recipefuzz.ranking import Ranked, candidates
 from recipefuzz.recipe import Recipe
 from recipefuzz.report.failures import buckets
@@ -65,7 +66,7 @@ class Silent:
 
 @dataclass(frozen=True)
 class SearchResult:
-    """All finished trials of a run and the ranking of its recipes.
+    """All finished trials of a run, the ranking of its recipes, and the memory that it took.
 
     Attributes:
         diagnoses: of the trials that represent the most frequent kinds of failure, by their numbers.
@@ -75,6 +76,7 @@ class SearchResult:
     config: Config
     results: tuple[TrialResult, ...]
     diagnoses: Mapping[int, Diagnosis]
+    peak: Peak
 
     @cached_property
     def _ranked(self) -> tuple[list[Ranked], Ranked | None]:
@@ -148,7 +150,7 @@ def search(
 
 def _report(folder: RunFolder, config: Config, study: StudySearch) -> SearchResult:
     """Write the tables of all that is finished."""
-    result = SearchResult(folder.path, config, tuple(study.results), folder.diagnoses())
+    result = SearchResult(folder.path, config, tuple(study.results), folder.diagnoses(), study.peak)
     write_reports(folder.path, config, result.results, result.ranked, result.winner, result.diagnoses)
     return result
 
@@ -197,14 +199,14 @@ def _explore(config: Config, study: StudySearch, engine: Engine, listener: Liste
 def _record(
     config: Config,
     study: StudySearch,
-    outcomes: Iterable[Outcome],
+    outcomes: Sequence[Outcome],
     phase: Phase,
     listener: Listener,
     elapsed: float = 0.0,
 ) -> None:
     """Keep what finished together in one write."""
     results = [to_result(config, outcome, phase) for outcome in outcomes]
-    study.record_all(results, elapsed)
+    study.record_all(results, elapsed, Peak(megabytes(), max(outcome.peak for outcome in outcomes)))
     for result in results:
         listener.finished(result)
 

@@ -20,7 +20,7 @@ PACKAGE = ROOT / "recipefuzz"
 # order, only no cycle.
 LAYERS = (
     ("errors",),
-    ("recipe", "space", "trace", "atomic"),
+    ("recipe", "space", "trace", "atomic", "peak"),
     ("evidence", "verdict", "result", "diagnosis", "ranking", "source", "axes", "config"),
     ("targets/",),
     ("engines/", "journal", "sampling", "store", "run_folder", "report/", "template"),

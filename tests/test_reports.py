@@ -22,6 +22,7 @@ from recipefuzz.atomic import write_atomically
 from recipefuzz.axes import TAKEN
 from recipefuzz.config import Config, load_config, parse_config
 from recipefuzz.errors import InputError, RunFailedError
+from recipefuzz.peak import Peak
 from recipefuzz.ranking import best, rank
 from recipefuzz.recipe import NORMS, Recipe, shown
 from recipefuzz.report import write as write_module
@@ -412,8 +413,9 @@ def test_sparkline_is_a_block_for_each_of_at_most_16_stretches(values):
 
 @pytest.mark.parametrize("found", [[], results()[:3], results()], ids=["empty", "unconfirmed", "all"])
 def test_summary_is_printed_whatever_there_is(tmp_path, found):
-    text = printed(summary(reported(tmp_path, found), config(), found, rank(found)))
+    text = printed(summary(reported(tmp_path, found), config(), found, rank(found), Peak(300, 280)))
     assert "files in " in text
+    assert "peak memory: 300 MB, and 280 MB in a worker at most" in text
     assert ("1 safe recipe" in text) is (len(found) > 5)
     assert ("1 trial: exploding_parameters" in text) is bool(found)
 
@@ -541,7 +543,7 @@ def run(folder: Path, made: Config, found: list[TrialResult], *, held: bool = Fa
     for result in found:
         while result.phase is Phase.SEARCH and result.trial not in waiting:
             waiting += [asked.number for asked in study.refill()]
-        study.record(result, elapsed=2.0 * (result.trial + 1))
+        study.record_all([result], elapsed=2.0 * (result.trial + 1), peak=Peak(300 + result.trial, 290 - result.trial))
     if not held:
         store.close()
     try:
@@ -564,6 +566,7 @@ def test_status_of_a_stopped_run(tmp_path):
         "  search   5 of 6 trials: 2 converging, 1 stalled, 1 nan, 1 error",
         "  confirm  0 of 4 runs: none yet",
         "  speed    0.50 trials/s over 10 s of search",
+        "  memory   at its peak 304 MB, and 290 MB in a worker at most",
         "  best     trial 4: lr 0.5, clip_norm 1, hidden null, bias true; skill 0.500, passed 0/0",
     ]
 

@@ -28,6 +28,7 @@ from recipefuzz import journal
 from recipefuzz.config import SearchConfig, parse_config
 from recipefuzz.errors import InputError, RunFailedError
 from recipefuzz.journal import SYNC_SECONDS, Journal, is_locked
+from recipefuzz.peak import Peak
 from recipefuzz.result import Phase, TrialResult
 from recipefuzz.run_folder import RunFolder, identity
 from recipefuzz.sampling import BlockTPE, Seen, _Kernels, at_random, distribution, objective, thinned, total
@@ -600,6 +601,26 @@ def test_results_recorded_together_are_synced_once_and_what_is_asked_is_not(tmp_
     reader = Store(tmp_path / "journal", write=False)
     assert same(reader.results(), [outcome(trial) for trial in asked])
     assert reader.seconds() == 2.5
+
+
+def test_peak_memory_is_kept_over_restarts_and_written_where_it_grew(tmp_path):
+    path, sizes = tmp_path / "journal", []
+    for peak in (Peak(300), Peak(200, 250), Peak(200, 100)):
+        with opened(path, config(6, window=2)) as study:
+            study.record_all([outcome(study.refill()[0])], peak=peak)
+            sizes.append(path.read_bytes().count(b"peak_memory"))
+    assert sizes == [1, 2, 2]
+    assert Store(path, write=False).peak() == study.peak == Peak(300, 250)
+    assert (str(Peak(300)), str(Peak(300, 250))) == ("300 MB", "300 MB, and 250 MB in a worker at most")
+
+
+def test_megabytes_are_those_of_this_process():
+    code = "from recipefuzz.peak import megabytes; a = megabytes(); b'x' * 2**27; print(a, megabytes())"
+    before, after = map(
+        int, subprocess.run([sys.executable, "-c", code], capture_output=True, check=True).stdout.split()
+    )
+    assert before < 60
+    assert 127 <= after - before <= 140
 
 
 def test_a_disk_that_is_gone_at_the_end_is_an_error_and_lets_go_of_the_file(tmp_path, monkeypatch):

@@ -40,6 +40,7 @@ class Outcome:
     Attributes:
         baseline: loss of the best constant predictor for this recipe's scaling of the targets.
         seconds: time it took where it ran.
+        peak: MB that the worker process that ran it has held at most; 0 where it ran in this process.
     """
 
     job: Job
@@ -48,6 +49,7 @@ class Outcome:
     baseline: float = float("nan")
     error: str = ""
     seconds: float = 0.0
+    peak: int = 0
 
 
 def structure(recipe: Recipe) -> Hashable:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import signal
+from dataclasses import replace
 from multiprocessing.connection import Connection
 
 import torch
@@ -14,6 +15,7 @@ from recipefuzz.engines.memory import keep_freed_memory
 from recipefuzz.engines.processes import leave_with_parent
 from recipefuzz.engines.sequential import SequentialEngine
 from recipefuzz.errors import RecipefuzzError
+from recipefuzz.peak import megabytes
 from recipefuzz.targets.resolve import resolve
 from recipefuzz.verdict import Budget
 
@@ -59,7 +61,8 @@ def _serve(
         outcomes = (alone if alone.load else engine).advance()
         leaves = any(outcome.error.startswith(DEVICE_LOST) for outcome in outcomes)
         if outcomes or notes:
-            pipe.send((outcomes, leaves, notes))
+            peak = megabytes()
+            pipe.send(([replace(outcome, peak=peak) for outcome in outcomes], leaves, notes))
             notes.clear()
         if leaves:
             return
