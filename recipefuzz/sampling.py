@@ -40,9 +40,7 @@ MOST_GRID_POINTS = 50_000  # Optuna lists them all at every ask
 MOST_BELOW = default_gamma(10**9)  # trials that Optuna's TPE calls good; the others are "above"
 CELLS = 64  # of an axis
 MOST_ABOVE = 512  # kernels that model them: see `thinned`
-NOTHING = (
-    -700.0
-)  # e to that changes no sum; of less, as most pairs of candidate and kernel have, exp takes ten times as long
+NOTHING = -700.0  # a log whose exponential changes no sum; below, where most are, exp takes ten times as long
 ONE_THREAD = 2**18  # multiplications up to which OpenBLAS starts no threads, which here cost more than they bring
 
 
