@@ -11,6 +11,7 @@ import string
 import time
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 import yaml
@@ -309,6 +310,36 @@ def test_region_of_one_axis_is_its_best_cut(inside, outside):
         assert gain(float(cut), inside, outside, 1 if sign == ">" else -1) == pytest.approx(best)
     else:
         assert best < 0.25 + 1e-9
+
+
+@pytest.mark.parametrize(
+    ("inside", "outside", "text"),
+    [
+        ([11, 12, 13], [8, 9, 10], "width > 10"),
+        ([8, 9, 10], [11, 12, 13], "width < 11"),
+        ([105, 110, 112], [102, 103, 104], "width > 104"),
+        ([102, 103, 104], [105, 110, 112], "width < 105"),
+        ([800, 900, 999], [100, 200, 300], "width > 550"),
+        ([100, 200, 300], [801, 900, 999], "width < 550"),
+        ([1234567, 1234568, 1234569], [1, 2, 1234566], "width > 1234566"),
+    ],
+)
+def test_region_of_whole_numbers_names_a_whole_number_on_the_right_side(inside, outside, text):
+    space = Space((("width", Range(1, 2_000_000, integer=True)),))
+    assert region([{"width": v} for v in inside], [{"width": v} for v in outside], space) == text
+
+
+@steady
+@given(st.lists(st.floats(1e-5, 10.0), min_size=6, max_size=20, unique=True), st.sampled_from("><"))
+@example([1.0, 1.001, 1.002, 1.003, 1.004, 1.005], ">")
+@example([1.0, *np.nextafter(1.0, [2.0, 0.0]), 2.0, 3.0, 0.5], "<")
+def test_region_of_values_that_a_cut_tells_apart_has_just_those_on_its_side(values, sign):
+    space = Space((("lr", Range(1e-5, 10.0, log=True)),))
+    values = sorted(values, reverse=sign == ">")
+    inside, outside = values[: len(values) // 2], values[len(values) // 2 :]
+    name, found, cut = region([{"lr": v} for v in inside], [{"lr": v} for v in outside], space).split()
+    assert (name, found) == ("lr", sign)
+    assert [v for v in values if (v > float(cut) if sign == ">" else v < float(cut))] == inside
 
 
 def failed(number: int, lr: float, **more) -> TrialResult:
