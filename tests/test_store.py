@@ -11,6 +11,7 @@ import random
 import subprocess
 import sys
 import tempfile
+import tracemalloc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,11 +30,14 @@ from recipefuzz.config import SearchConfig, parse_config
 from recipefuzz.errors import InputError, RunFailedError
 from recipefuzz.journal import SYNC_SECONDS, Journal, is_locked
 from recipefuzz.peak import Peak
-from recipefuzz.result import Phase, TrialResult
+from recipefuzz.recipe import Recipe
+from recipefuzz.result import Phase, TrialResult, result_of
 from recipefuzz.run_folder import RunFolder, identity
 from recipefuzz.sampling import BlockTPE, Seen, _Kernels, at_random, distribution, objective, thinned, total
 from recipefuzz.space import Choice, Range, Space
 from recipefuzz.store import Asked, Store, StudySearch
+from recipefuzz.trace import COLUMNS, Trace
+from recipefuzz.verdict import Budget, Label, Verdict
 
 steady = settings(
     derandomize=True,
@@ -612,6 +616,32 @@ def test_peak_memory_is_kept_over_restarts_and_written_where_it_grew(tmp_path):
     assert sizes == [1, 2, 2]
     assert Store(path, write=False).peak() == study.peak == Peak(300, 250)
     assert (str(Peak(300)), str(Peak(300, 250))) == ("300 MB", "300 MB, and 250 MB in a worker at most")
+
+
+def test_a_trial_takes_under_three_kilobytes_of_memory(tmp_path):
+    """Of its result, whose trace alone is 17 kB, and of what the sampler knows: 10,000 trials take 30 MB at most."""
+    trace = Trace(*np.random.default_rng(0).random((len(COLUMNS), 300)), steps_run=300)
+    used = {}
+    with opened(tmp_path / "journal", config(600, window=100)) as study:
+        tracemalloc.start()
+        try:
+            while asked := study.refill():
+                study.record_all([of_a_long_run(trial, trace) for trial in asked])
+                used[asked[-1].number] = tracemalloc.get_traced_memory()[0]
+        finally:
+            tracemalloc.stop()
+    first, last = min(n for n in used if n >= 200), max(used)
+    assert last == 599
+    assert (used[last] - used[first]) / (last - first) < 3000
+
+
+def of_a_long_run(trial: Asked, trace: Trace) -> TrialResult:
+    verdict = Verdict(
+        Label.STALLED, f"skill {trial.number} after 300 steps, which are {'too few ' * 16}", "unknown", {}
+    )
+    recipe = Recipe.of(trial.values)
+    whose = {"trial": trial.number, "phase": Phase.SEARCH, "seed": 0, "recipe": recipe}
+    return result_of(trace, verdict, 1.0, Budget(300, 4), **whose)
 
 
 def test_megabytes_are_those_of_this_process():
