@@ -19,7 +19,7 @@ PACKAGE = ROOT / "recipefuzz"
 # A file imports from lower layers, and from those listed before it in its own. A folder is one entry: in it there is no
 # order, only no cycle.
 LAYERS = (
-    ("errors",),
+    ("errors", "garbage"),
     ("recipe", "space", "trace", "atomic", "peak"),
     ("evidence", "verdict", "result", "diagnosis", "ranking", "source", "axes", "config"),
     ("targets/",),

@@ -261,7 +261,7 @@ def warm_up(folder: Path | None = None) -> None:
         folder: the config's, if it may be on `sys.path` already.
     """
     if _METHOD == "forkserver":
-        _CONTEXT.set_forkserver_preload(["recipefuzz.engines.worker"])
+        _CONTEXT.set_forkserver_preload(["recipefuzz.engines.preload"])
         with apart_from_users_code(folder):
             forkserver.ensure_running()
 
