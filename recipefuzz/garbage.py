@@ -11,8 +11,8 @@ from contextlib import contextmanager
 def imports_kept() -> Iterator[None]:
     """Import without collecting meanwhile, and exempt from later collections what there is by then.
 
-    torch makes a million objects that live as long as the process: going through them again and again takes a sixth of
-    its import, and going through them at the end of the process as long again. Only for processes that are ours: what
+    torch and pandas make 340,000 objects that live as long as the process: going through them again and again takes
+    a sixth of the import, and once more at the end of the process as long. Only for processes that are ours: what
     a user's program holds would be exempt, too.
     """
     collects = gc.isenabled()
