@@ -78,7 +78,7 @@ def diagnose(
     pick_device(config)
     stored: list[TrialResult] = []
     if trial is not None:
-        stored, _ = RunFolder.of(config).read()
+        stored, *_ = RunFolder.of(config).read()
         recipe = _stored(stored, trial, config)
     else:
         recipe = config.default_recipe().but(**dict(changes or {}))
