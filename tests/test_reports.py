@@ -141,7 +141,7 @@ def cells(path: Path) -> list[list[str]]:
 def reported(folder: Path, found=None, made=None) -> Path:
     found, made = results() if found is None else found, made or config()
     ranking = rank(found, made.search.rank_by)
-    write_reports(folder, made, found, ranking, best(ranking, confirmed=made.search.confirm.top > 0))
+    write_reports(folder, made, found, ranking, best(ranking, confirmed=made.search.confirm.top > 0), {})
     return folder
 
 
@@ -165,10 +165,10 @@ rank,trial,lr,clip_norm,hidden,bias,optimizer,safe,passed,runs,pass_low,pass_hig
 2,4,0.5,1.0,,True,adam,False,0,1,0.0,0.7935,0.5,0.6,300.0,0.95
 """
 FAILURES = """\
-cause,verdict,trials,share,where,example_trial,reason
-exploding_parameters,nan,1,0.2,,1,"not finite, at step 7"
-lr_too_low,stalled,1,0.2,,2,"flat: ""no\"""
-ValueError: bad width (case.py:7),error,1,0.2,,3,ValueError: bad width (case.py:7)
+cause,verdict,trials,share,where,example_trial,reason,root,phase,op,module,file,line,explanation,fix
+exploding_parameters,nan,1,0.2,,1,"not finite, at step 7",,,,,,,,
+lr_too_low,stalled,1,0.2,,2,"flat: ""no\""",,,,,,,,
+ValueError: bad width (case.py:7),error,1,0.2,,3,ValueError: bad width (case.py:7),,,,,,,,
 """
 
 
@@ -444,7 +444,7 @@ def test_sparkline_is_a_block_for_each_of_at_most_16_stretches(values):
 
 @pytest.mark.parametrize("found", [[], results()[:3], results()], ids=["empty", "unconfirmed", "all"])
 def test_summary_is_printed_whatever_there_is(tmp_path, found):
-    text = printed(summary(reported(tmp_path, found), config(), found, rank(found), Peak(300, 280)))
+    text = printed(summary(reported(tmp_path, found), config(), found, rank(found), {}, Peak(300, 280)))
     assert "files in " in text
     assert "peak memory: 300 MB, and 280 MB in a worker at most" in text
     assert ("1 safe recipe" in text) is (len(found) > 5)
