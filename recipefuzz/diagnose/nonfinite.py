@@ -89,7 +89,7 @@ def _explained(patient: Patient, failure: Failure, health: Health) -> Diagnosis:
             fixes = _recipe_fixes(patient)
     remedied = any(f.verdict == Label.CONVERGING for f in fixes)
     root = root_of(cause, health, mended=mended, remedied=remedied, in_half=patient.recipe.precision != "fp32")
-    return _diagnosis(failure, health, cause, root, mended, fixes if root is Root.RECIPE else ())
+    return diagnosis_of(failure, health, cause, root, mended, fixes if root is Root.RECIPE else ())
 
 
 def _recipe_fixes(patient: Patient) -> tuple[Fix, ...]:
@@ -120,14 +120,15 @@ def _with_line_mended(patient: Patient, failure: Failure) -> bool | None:
     return converges if mended.used else None
 
 
-def _diagnosis(
+def diagnosis_of(
     failure: Failure,
     health: Health,
     cause: str,
     root: Root,
-    mended: bool | None,
-    fixes: tuple[Fix, ...],
+    mended: bool | None = None,
+    fixes: tuple[Fix, ...] = (),
 ) -> Diagnosis:
+    """A failure in words."""
     origin = failure.origin
     event = origin.event
     spot = event.spot if event else None

@@ -1,0 +1,104 @@
+"""What a step of the user's own loop began with, kept at a few microseconds a step, so that it can be replayed.
+
+Parameters need no copy: they change at the optimizer's step, and a step is looked at before that. Inputs are kept by
+reference, random numbers by their generators' states; of the buffers only those that were seen to change are copied.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from recipefuzz.diagnose.rerun import Calls
+
+MOST = 32  # forward passes of one step that are kept
+
+
+@dataclass(frozen=True)
+class Forward:
+    """One call of the model: what it was given, the random state at its start, and who called it."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    random: tuple[Tensor, ...]
+    calls: Calls
+    autocast: bool
+
+
+class Moment:
+    """The forward passes since the last backward pass.
+
+    Attributes:
+        forwards: those kept, in their order.
+        backwards: backward passes since the first of them.
+        parameters: of the model and of the optimizers.
+    """
+
+    def __init__(self, model: nn.Module, parameters: list[Tensor]) -> None:
+        self.forwards: deque[Forward] = deque(maxlen=MOST)
+        self.backwards = 0
+        self.parameters = parameters
+        self._device = parameters[0].device if parameters else torch.device("cpu")
+        self._buffers = list(model.buffers())
+        self._versions = [b._version for b in self._buffers]
+        self._copies = [b.clone() for b in self._buffers]
+        self._over = True
+
+    def enter(self, args: tuple[Any, ...], kwargs: dict[str, Any], calls: Calls) -> None:
+        """A forward pass begins; the first after a backward pass begins another step."""
+        if self._over:
+            self._over, self.backwards = False, 0
+            self.forwards.clear()
+            for i in self._changed():
+                self._versions[i] = self._buffers[i]._version
+                self._copies[i].copy_(self._buffers[i])
+        autocast = torch.is_autocast_enabled(self._device.type)
+        self.forwards.append(Forward(args, kwargs, self.random(), calls, autocast))
+
+    def leave(self) -> None:
+        """A backward pass is over."""
+        self._over = True
+        self.backwards += 1
+
+    def random(self) -> tuple[Tensor, ...]:
+        """The state of the random generators that the model draws from."""
+        if self._device.type == "cuda":
+            return torch.get_rng_state(), torch.cuda.get_rng_state(self._device)
+        return (torch.get_rng_state(),)
+
+    def set_random(self, states: tuple[Tensor, ...]) -> None:
+        torch.set_rng_state(states[0])
+        if len(states) > 1:
+            torch.cuda.set_rng_state(states[1], self._device)
+
+    def _changed(self) -> list[int]:
+        """Which buffers were written since they were copied."""
+        return [i for i, (b, v) in enumerate(zip(self._buffers, self._versions, strict=True)) if b._version != v]
+
+    @contextmanager
+    def back(self) -> Iterator[None]:
+        """The state at the step's start; on the way out, all is as it was before."""
+        random, gradients = self.random(), [p.grad for p in self.parameters]
+        changed = {i: self._buffers[i].clone() for i in self._changed()}
+        with torch.no_grad():
+            for i in changed:
+                self._buffers[i].copy_(self._copies[i])
+        for parameter in self.parameters:
+            parameter.grad = None
+        if self.forwards:
+            self.set_random(self.forwards[0].random)
+        try:
+            yield
+        finally:
+            self.set_random(random)
+            with torch.no_grad():
+                for i, value in changed.items():
+                    self._buffers[i].copy_(value)
+            for parameter, gradient in zip(self.parameters, gradients, strict=True):
+                parameter.grad = gradient
