@@ -1,7 +1,7 @@
 """What a step of the user's own loop began with, kept at a few microseconds a step, so that it can be replayed.
 
 Parameters need no copy: they change at the optimizer's step, and a step is looked at before that. Inputs are kept by
-reference, random numbers by their generators' states; of the buffers only those that were seen to change are copied.
+reference, random numbers by their generators' states; of the large buffers only those that were written are copied.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from recipefuzz.diagnose.rerun import Calls
 
+SMALL = 4096  # elements of a buffer that is copied at every step: batch norm's kernels write theirs unannounced
 MOST = 32  # forward passes of one step that are kept
 
 
@@ -55,9 +56,7 @@ class Moment:
         if self._over:
             self._over, self.backwards = False, 0
             self.forwards.clear()
-            for i in self._changed():
-                self._versions[i] = self._buffers[i]._version
-                self._copies[i].copy_(self._buffers[i])
+            self._copy_buffers()
         autocast = torch.is_autocast_enabled(self._device.type)
         self.forwards.append(Forward(args, kwargs, self.random(), calls, autocast))
 
@@ -77,9 +76,16 @@ class Moment:
         if len(states) > 1:
             torch.cuda.set_rng_state(states[1], self._device)
 
+    def _copy_buffers(self) -> None:
+        if changed := self._changed():
+            buffers = [self._buffers[i] for i in changed]
+            torch._foreach_copy_([self._copies[i] for i in changed], buffers)
+            for i, buffer in zip(changed, buffers, strict=True):
+                self._versions[i] = buffer._version
+
     def _changed(self) -> list[int]:
-        """Which buffers were written since they were copied."""
-        return [i for i, (b, v) in enumerate(zip(self._buffers, self._versions, strict=True)) if b._version != v]
+        """Which buffers may have been written since they were copied."""
+        return [i for i, b in enumerate(self._buffers) if b._version != self._versions[i] or b.numel() <= SMALL]
 
     @contextmanager
     def back(self) -> Iterator[None]:

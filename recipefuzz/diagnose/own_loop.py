@@ -24,7 +24,7 @@ from recipefuzz.diagnose.moment import Moment
 from recipefuzz.diagnose.own_step import Stage, Step, diagnose, message
 from recipefuzz.diagnose.rerun import Calls, calls, user_place
 
-SKIPS = 20  # bad steps in a row that a gradient scaler may skip: after them its scale is 1e6 times smaller
+SKIPS = 30  # bad steps in a row that a gradient scaler may skip: after them its scale is 1e9 times smaller
 
 
 def watch(model: nn.Module, optimizer: torch.optim.Optimizer, *, stop: bool = True) -> LoopWatch:

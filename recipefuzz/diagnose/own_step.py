@@ -6,10 +6,11 @@ What the model was given and drew at each call is what it was given and drew the
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from types import FrameType
+from functools import cached_property
+from types import FrameType, ModuleType
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from recipefuzz.diagnose.explosions import Health, explosion
 from recipefuzz.diagnose.moment import Moment
 from recipefuzz.diagnose.nonfinite import diagnosis_of
 from recipefuzz.diagnose.replay import Failure, watched_step
-from recipefuzz.diagnose.rerun import calls, meeting, rerun_of, user_place
+from recipefuzz.diagnose.rerun import Rerun, calls, meeting, rerun_of, user_place
 from recipefuzz.diagnose.roots import root_of
 from recipefuzz.diagnose.tensors import is_finite, storage
 from recipefuzz.errors import NonFiniteError, Place
@@ -87,8 +88,26 @@ class Step:
     update: tuple[str, int]
     staged: Callable[[Stage], AbstractContextManager[None]]
 
+    def rerun(self, *, whole: bool = False) -> Rerun | None:
+        """From the statement that calls the model, or from the start of the loop's body."""
+        met = meeting(self.frame, self.moment.forwards[0].calls)
+        return rerun_of(*met, whole=whole) if met else None
 
-NO_FORWARD = "the model was not seen to be called before it, so the step could not be replayed"
+    @cached_property
+    def again(self) -> Rerun | None:
+        return self.rerun()
+
+    @cached_property
+    def data(self) -> list[tuple[str, Tensor]]:
+        """Tensors that the statements read and that don't depend on the parameters: targets, masks, weights."""
+        variables = self.again.reads.items() if self.again else ()
+        return [(name, t) for name, value in variables for t in _tensors_in(value) if not t.requires_grad]
+
+
+NO_FORWARD = (
+    "the model was not seen to be called before it, so the step could not be replayed (of a compiled model, watch what "
+    "torch.compile returned)"
+)
 NO_SOURCE = "the step's own statements could not be run again, so only the model's forward pass was replayed"
 NOT_AGAIN = "the step was replayed, and was finite then"
 
@@ -118,25 +137,20 @@ def _replay(step: Step) -> tuple[Failure | None, str]:
     """The failure, and what is to be said of the replay."""
     if not step.moment.forwards:
         return None, NO_FORWARD
-    met = meeting(step.frame, step.moment.forwards[0].calls)
-    again = rerun_of(*met) if met else None
-    failure = _watched(step, again) if again else None
+    failure = _watched(step, step.again) if step.again else None
     if failure is not None:
         return _before_the_model(step, failure) or failure, ""
-    return _watched(step, None), NOT_AGAIN if again else NO_SOURCE
+    return _watched(step, None), NOT_AGAIN if step.again else NO_SOURCE
 
 
 def _before_the_model(step: Step, failure: Failure) -> Failure | None:
     """Where the model's input went bad in the loop's own statements before the call, if it did there."""
-    met = meeting(step.frame, step.moment.forwards[0].calls)
-    if failure.origin.outside != "x" or met is None:
-        return None
-    again = rerun_of(*met, whole=True)
+    again = step.rerun(whole=True) if failure.origin.outside == "x" else None
     earlier = _watched(step, again, own_inputs=True) if again else None
     return earlier if earlier and earlier.origin.event else None
 
 
-def _watched(step: Step, again: Callable[[], None] | None, *, own_inputs: bool = False) -> Failure | None:
+def _watched(step: Step, again: Rerun | None, *, own_inputs: bool = False) -> Failure | None:
     """The step replayed: its statements, or the model's forward passes alone; None where it is finite, or fails."""
     stage = Stage(step.moment, own_inputs=own_inputs)
 
@@ -144,20 +158,25 @@ def _watched(step: Step, again: Callable[[], None] | None, *, own_inputs: bool =
         if again is None:
             return _outputs(step)
         try:
-            again()
+            again.run()
         except Reached:
             assert stage.loss is not None
             return stage.loss
         raise RuntimeError("the statements ended before the backward pass")
 
-    given = [t for f in step.moment.forwards for t in _tensors_in([f.args, f.kwargs])]
+    given = [t for f in step.moment.forwards for t in _tensors_in([f.args, f.kwargs]) if not _is_mask(t)]
     known = {storage(t) for t in given}
-    others = [t for _, t in _data(step.frame) if storage(t) not in known]
+    others = [t for _, t in step.data if storage(t) not in known and not _is_mask(t)]
     try:
         with step.moment.back(), step.staged(stage):
             return watched_step(step.model, run, given, others, step.number)
     except Exception:  # whatever the user's statements raise the second time
         return None
+
+
+def _is_mask(tensor: Tensor) -> bool:
+    """Whether its infinities are meant: the rest of it is zeros."""
+    return not is_finite(tensor) and bool(((tensor == 0) | torch.isinf(tensor)).all())
 
 
 def _outputs(step: Step) -> Tensor:
@@ -166,19 +185,18 @@ def _outputs(step: Step) -> Tensor:
     return next((t for t in made if not is_finite(t)), made[0])
 
 
-def _tensors_in(value: Any) -> list[Tensor]:
-    """The tensors of lists, tuples and dictionaries."""
-    if isinstance(value, dict):
-        return _tensors_in(list(value.values()))
-    if isinstance(value, (list, tuple)):
-        return [t for inner in value for t in _tensors_in(inner)]
-    return [value] if isinstance(value, Tensor) and value.layout is torch.strided else []
-
-
-def _data(frame: FrameType | None) -> list[tuple[str, Tensor]]:
-    """The function's variables that nothing was computed for from the parameters: targets, masks, weights."""
-    variables = frame.f_locals.items() if frame else ()
-    return [(name, t) for name, value in variables for t in _tensors_in(value) if not t.requires_grad]
+def _tensors_in(value: Any, depth: int = 3) -> list[Tensor]:
+    """The tensors of lists, dictionaries and plain objects, one in the other at most `depth` times."""
+    if isinstance(value, Tensor):
+        return [value] if value.layout is torch.strided else []
+    inside: Iterable[Any] = ()
+    if isinstance(value, Mapping):
+        inside = value.values()
+    elif isinstance(value, (list, tuple)):
+        inside = value
+    elif hasattr(value, "__dict__") and not isinstance(value, (nn.Module, ModuleType, type)):
+        inside = vars(value).values()
+    return [t for inner in list(inside) for t in _tensors_in(inner, depth - 1)] if depth else []
 
 
 def _explained(step: Step, failure: Failure, health: Health) -> Diagnosis:
@@ -211,7 +229,7 @@ def _words(step: Step, failure: Failure) -> str:
     if outside == "x":
         return "the model's input"
     if outside == "y":
-        return next((f"`{name}`" for name, t in _data(step.frame) if not is_finite(t)), "the batch")
+        return next((f"`{name}`" for name, t in step.data if not is_finite(t)), "the batch")
     if outside.startswith("parameter") and step.number > 1:
         return f"{outside}, which the update of step {step.number - 1} left so"
     return outside
@@ -236,7 +254,11 @@ def message(found: Diagnosis) -> NonFiniteError:
     route = (
         found.chain[1:] if len(found.chain) < MOST_PLACES + 2 else (*found.chain[1:MOST_PLACES], "...", found.chain[-1])
     )
-    lines = [found.source, found.explanation, f"from there: {', '.join(route)}" if route else ""]
+    lines = [
+        found.source,
+        found.explanation.removeprefix(f"step {found.step}: "),
+        f"from there: {', '.join(route)}" if route else "",
+    ]
     symptom = found.evidence["symptom"]
     root = f" ({found.root})" if found.root else ""
     return NonFiniteError(

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import ast
 import linecache
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from types import CodeType, FrameType
@@ -106,8 +106,21 @@ def _covers(statement: ast.stmt, at: Position) -> bool:
     return Position(statement.lineno, statement.col_offset) <= at <= end
 
 
-def rerun_of(frame: FrameType, instruction: int, *, whole: bool = False) -> Callable[[], None] | None:
-    """Runs once more what the function does from an earlier call to the one that it is in; None where it can't.
+@dataclass(frozen=True)
+class Rerun:
+    """Statements that can be run again.
+
+    Attributes:
+        run: does so.
+        reads: variables that they mention, with the values that the function has for them now.
+    """
+
+    run: Callable[[], None]
+    reads: Mapping[str, Any]
+
+
+def rerun_of(frame: FrameType, instruction: int, *, whole: bool = False) -> Rerun | None:
+    """What the function does from an earlier call to the one that it is in; None where that can't be run again.
 
     It can't where there is no source, where that is no longer what runs, or where the statements wait, yield, or bind
     names of an outer function.
@@ -155,7 +168,7 @@ def _draws(statement: ast.stmt) -> bool:
     )
 
 
-def _callable(body: Statements, frame: FrameType) -> Callable[[], None] | None:
+def _callable(body: Statements, frame: FrameType) -> Rerun | None:
     """The statements as a function of the names that they bind; `break` and `continue` end it."""
     names = {**frame.f_globals, **frame.f_locals}
     bound = {n.id for s in body for n in ast.walk(s) if isinstance(n, ast.Name) and not isinstance(n.ctx, ast.Load)}
@@ -173,4 +186,5 @@ def _callable(body: Statements, frame: FrameType) -> Callable[[], None] | None:
         return None
     again: Callable[..., Any] = names["again"]
     values = [frame.f_locals[n] if n in frame.f_locals else frame.f_globals[n] for n in given]
-    return lambda: again(*values)
+    read = {n.id for s in body for n in ast.walk(s) if isinstance(n, ast.Name)} & names.keys()
+    return Rerun(lambda: again(*values), {name: names[name] for name in sorted(read)})
