@@ -15,11 +15,13 @@ from recipefuzz.diagnose.tensors import is_finite
 from recipefuzz.evidence import median
 from recipefuzz.trace import LEAST_NORM
 
-USUAL = 1000  # last gradient norms that say what is usual
+USUAL = 1000  # last sizes of the gradient that say what is usual
 
 
 class History:
-    """The losses and gradient norms of the steps that were finite.
+    """The losses and the sizes of the gradients, of the steps that were finite.
+
+    On a CPU the size is that of the gradients' sums, which cost a third less than norms.
 
     Args:
         parameters: whose gradients are read.
@@ -27,46 +29,40 @@ class History:
 
     def __init__(self, parameters: Sequence[Tensor]) -> None:
         self._parameters = parameters
-        self._groups: dict[torch.device, list[Tensor]] = {}
-        for parameter in parameters:
-            self._groups.setdefault(parameter.device, []).append(parameter)
-        self._size = self._parameter_norm()
-        self._norms: deque[float] = deque(maxlen=USUAL)
+        self._on_cpu = all(p.device.type == "cpu" for p in parameters)
+        self._weight = self._parameter_norm()
+        self._sizes: deque[float] = deque(maxlen=USUAL)
         self._first_loss = self._loss = math.nan
         self._loss_is_bad = False
 
     def add(self, loss: Tensor | None) -> str:
-        """A step's; what is not finite in it, in words."""
-        values = self._read(loss)
-        scalar = loss is not None and loss.numel() == 1
-        self._loss_is_bad = scalar and not math.isfinite(values[-1])
-        norm = math.hypot(*(values[:-1] if scalar else values))
-        if math.isfinite(norm):
-            self._norms.append(norm)
-        elif self.gradients_are_bad():
+        """A step's; what is not finite in it, in words. The hot path of every watched step."""
+        value = loss.item() if loss is not None and loss.numel() == 1 else math.nan
+        self._loss_is_bad = not math.isfinite(value) and loss is not None and loss.numel() == 1
+        if self._on_cpu:
+            sums = [gradient.sum().item() for p in self._parameters if (gradient := p.grad) is not None]
+        else:
+            sums = self._norms()
+        size = math.hypot(*map(abs, sums))
+        if not math.isfinite(size) and self.gradients_are_bad():
             return "the loss" if self._loss_is_bad else "a gradient"
         if self._loss_is_bad:
             return "the loss"
-        if scalar:
-            self._loss = values[-1]
-            if math.isnan(self._first_loss):
-                self._first_loss = self._loss
+        self._sizes.append(size)
+        if math.isnan(self._first_loss):
+            self._first_loss = value
+        self._loss = value
         return ""
 
-    def _read(self, loss: Tensor | None) -> list[float]:
-        """The norms of the gradients, then the loss if it is a scalar; the device is asked once."""
-        values: list[float] = []
-        last = None if loss is None or loss.numel() != 1 else loss.reshape(())
-        for device, group in self._groups.items():
-            norms = list(torch._foreach_norm(gradients)) if (gradients := _gradients(group)) else []
-            if last is not None and device == last.device and len(self._groups) == 1:
-                norms, last = [*norms, last], None
-            if norms:
-                values += torch.stack(norms).tolist()
-        return values if last is None else [*values, float(last)]
+    def _norms(self) -> list[float]:
+        """One kernel and one question for each device."""
+        groups: dict[torch.device, list[Tensor]] = {}
+        for gradient in _gradients(self._parameters):
+            groups.setdefault(gradient.device, []).append(gradient)
+        return [n for group in groups.values() for n in torch.stack(torch._foreach_norm(group)).tolist()]
 
     def gradients_are_bad(self) -> bool:
-        """Looked at closely: a norm can overflow where no element does."""
+        """Looked at closely: a sum can overflow where no element does."""
         return any(not is_finite(g) for g in _gradients(self._parameters))
 
     def still_bad(self) -> bool:
@@ -81,8 +77,8 @@ class History:
 
     def health(self, step: int) -> Health:
         """How training was before a step; the weights are as that step found them."""
-        burst = max(self._norms) / max(median(np.array(self._norms)), LEAST_NORM) if self._norms else 1.0
-        swell = self._parameter_norm() / max(self._size, LEAST_NORM)
+        burst = max(self._sizes) / max(median(np.array(self._sizes)), LEAST_NORM) if self._sizes else 1.0
+        swell = self._parameter_norm() / max(self._weight, LEAST_NORM)
         return Health(step, swell, self._first_loss, self._loss, math.nan, 0.0, burst)
 
 

@@ -9,8 +9,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -21,15 +20,13 @@ SMALL = 4096  # elements of a buffer that is copied at every step: batch norm's 
 MOST = 32  # forward passes of one step that are kept
 
 
-@dataclass(frozen=True)
-class Forward:
+class Forward(NamedTuple):
     """One call of the model: what it was given, the random state at its start, and who called it."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     random: tuple[Tensor, ...]
     calls: Calls
-    autocast: bool
 
 
 class Moment:
@@ -46,6 +43,7 @@ class Moment:
         self.backwards = 0
         self.parameters = parameters
         self._device = parameters[0].device if parameters else torch.device("cpu")
+        self._on_cuda = self._device.type == "cuda"
         self._buffers = list(model.buffers())
         self._versions = [b._version for b in self._buffers]
         self._copies = [b.clone() for b in self._buffers]
@@ -56,9 +54,9 @@ class Moment:
         if self._over:
             self._over, self.backwards = False, 0
             self.forwards.clear()
-            self._copy_buffers()
-        autocast = torch.is_autocast_enabled(self._device.type)
-        self.forwards.append(Forward(args, kwargs, self.random(), calls, autocast))
+            if self._buffers:
+                self._copy_buffers()
+        self.forwards.append(Forward(args, kwargs, self.random(), calls))
 
     def leave(self) -> None:
         """A backward pass is over."""
@@ -67,9 +65,8 @@ class Moment:
 
     def random(self) -> tuple[Tensor, ...]:
         """The state of the random generators that the model draws from."""
-        if self._device.type == "cuda":
-            return torch.get_rng_state(), torch.cuda.get_rng_state(self._device)
-        return (torch.get_rng_state(),)
+        own = torch.default_generator.get_state()
+        return (own, torch.cuda.get_rng_state(self._device)) if self._on_cuda else (own,)
 
     def set_random(self, states: tuple[Tensor, ...]) -> None:
         torch.set_rng_state(states[0])

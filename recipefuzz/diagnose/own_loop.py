@@ -24,6 +24,7 @@ from recipefuzz.diagnose.moment import Moment
 from recipefuzz.diagnose.own_step import Stage, Step, diagnose, message
 from recipefuzz.diagnose.rerun import Calls, calls, user_place
 
+UPDATE_DEPTH = 3  # frames from the optimizer's hook to the user's loop: its wrapper, a scheduler's
 SKIPS = 30  # bad steps in a row that a gradient scaler may skip: after them its scale is 1e9 times smaller
 
 
@@ -50,7 +51,7 @@ class LoopWatch:
     """A training loop that is watched.
 
     Attributes:
-        steps: optimizer steps made.
+        steps: optimizer steps made, one that has begun included.
         diagnosis: of the first failure, if there was one.
     """
 
@@ -73,7 +74,6 @@ class LoopWatch:
         self._history = History(list(parameters.values()))
         self._hooks.callback(self._model.register_forward_pre_hook(self._forward, with_kwargs=True).remove)
         self._hooks.callback(self._optimizer.register_step_pre_hook(self._before_step).remove)
-        self._hooks.callback(self._optimizer.register_step_post_hook(self._after_step).remove)
         self._hooks.enter_context(_after_backward(self._backward))
         return self
 
@@ -115,23 +115,19 @@ class LoopWatch:
             self._report(self._pending)
 
     def _before_step(self, optimizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if self._stage is not None or self.diagnosis is not None:
-            return
-        self._update = calls(sys._getframe(1))
-        self._in_closure = len(args) > 1 or bool(kwargs)  # the first is the optimizer
-        if not self._backward_seen:
-            self._look(None, None)
-        skipped = getattr(optimizer, "found_inf", None) is not None  # a scaler leaves the skipping to a fused optimizer
-        if self._pending is not None and not skipped and self._history.still_bad():
-            self._report(self._pending)
-
-    def _after_step(self, _optimizer: Any, _args: Any, _kwargs: Any) -> None:
+        if self._stage is None and self.diagnosis is None:
+            self._update = calls(sys._getframe(1), UPDATE_DEPTH)
+            self._in_closure = len(args) > 1 or bool(kwargs)  # the first is the optimizer
+            if not (self._backward_seen or self._in_closure):
+                self._look(None, None)
+            if self._pending is not None and not _is_skipped(optimizer) and self._history.still_bad():
+                self._report(self._pending)
+            self._backward_seen = False
         self.steps += 1
-        self._in_closure = self._backward_seen = False
 
     def _find(self, frame: FrameType | None, symptom: str) -> Diagnosis:
         model = getattr(self._model, "_orig_mod", self._model)  # of a compiled one
-        number, optimizer = self.steps + 1, type(self._optimizer).__name__.lower()
+        number, optimizer = self.steps + (not self._in_closure), type(self._optimizer).__name__.lower()
         step = Step(model, self._moment, frame, number, optimizer, user_place(self._update), self._staged)
         return diagnose(step, self._history.health(number), symptom)
 
@@ -149,6 +145,11 @@ class LoopWatch:
             raise message(found)
 
 
+def _is_skipped(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether a gradient scaler leaves the skipping of bad steps to the optimizer itself, a fused one."""
+    return getattr(optimizer, "found_inf", None) is not None
+
+
 @contextmanager
 def _after_backward(then: Callable[[Tensor | None, FrameType], None]) -> Iterator[None]:
     """Call it with the loss after each backward pass, `Tensor.backward()` and `torch.autograd.backward` alike."""
@@ -159,7 +160,7 @@ def _after_backward(then: Callable[[Tensor | None, FrameType], None]) -> Iterato
         original(tensors, *args, **kwargs)
         if not torch.compiler.is_compiling():
             first = tensors if isinstance(tensors, (Tensor, GradientEdge)) else tensors[0]
-            then(first.detach() if isinstance(first, Tensor) else None, sys._getframe(1))
+            then(first if isinstance(first, Tensor) else None, sys._getframe(1))
 
     torch.autograd.backward = backward
     try:

@@ -62,7 +62,7 @@ class Stage:
         Raises:
             Reached: it was the last.
         """
-        self.loss = loss
+        self.loss = None if loss is None else loss.detach()
         self._backwards -= 1
         if not self._backwards:
             raise Reached
@@ -201,16 +201,15 @@ def _tensors_in(value: Any, depth: int = 3) -> list[Tensor]:
 
 def _explained(step: Step, failure: Failure, health: Health) -> Diagnosis:
     origin = failure.origin
-    in_half = any(f.autocast for f in step.moment.forwards) or any(_is_half(p) for p in step.moment.parameters)
     updated = origin.outside.startswith("parameter") and step.number > 1
     cause = cause_of(origin)
     if cause == OVERFLOW:
         phase = origin.event.spot.phase if origin.event else "optimizer"
         kept = frozenset({"clip_norm"} if health.swell < SWOLLEN else ())
         cause = explosion(phase, health, step.optimizer, 1.0, recurrent=failure.recurrent, mended_by=kept)
-        if updated and in_half and health.sound:
+        if updated and health.sound and any(_is_half(p) for p in step.moment.parameters):
             cause = "half_precision_overflow"
-    root = root_of(cause, health, mended=None, remedied=not health.sound, in_half=in_half)
+    root = root_of(cause, health, mended=None, remedied=not health.sound, in_half=True)
     named = replace(origin, outside=_words(step, failure))
     found = diagnosis_of(replace(failure, origin=named), health, cause, root)
     if not updated:

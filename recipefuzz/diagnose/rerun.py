@@ -31,10 +31,10 @@ class Position:
     column: int
 
 
-def calls(frame: FrameType | None) -> Calls:
+def calls(frame: FrameType | None, depth: int = DEPTH) -> Calls:
     """The functions that are running, innermost first, and which instruction of each. Cheap: made at every step."""
     found: Calls = []
-    while frame is not None and len(found) < DEPTH:
+    while frame is not None and len(found) < depth:
         found.append((frame.f_code, frame.f_lasti))
         frame = frame.f_back
     return found
