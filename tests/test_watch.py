@@ -154,6 +154,59 @@ def test_an_input_that_the_loop_itself_made_bad(tmp_path):
     assert found.source == "x = (raw - raw.mean(1, keepdim=True)) / spread"
 
 
+def test_bad_rows_that_the_loop_picks_from_the_data(tmp_path):
+    found, _ = diagnosed(
+        tmp_path,
+        """
+        data, targets = torch.cat([x for x, _ in loader]), torch.cat([y for _, y in loader])
+        data[7, 1] = float("-inf")
+        with recipefuzz.watch(model, optimizer, stop=False) as w:
+            for start in range(0, 96, 16):
+                rows = torch.arange(start, start + 16)
+                optimizer.zero_grad()
+                F.mse_loss(model(data[rows] - data[rows]), targets[rows]).backward()
+                optimizer.step()
+        """,
+    )
+    assert (found.cause, found.root, found.step) == ("data_nonfinite", "data", 1)
+
+
+def test_modules_that_keep_a_state(tmp_path):
+    """A replay goes out from the buffers that the step found, written or bound anew, and leaves the present ones."""
+    found, names = diagnosed(
+        tmp_path,
+        """
+        class Centred(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.register_buffer("written", torch.ones(4))
+                self.register_buffer("bound", torch.ones(4))
+                self.calls = 0
+
+            def forward(self, x):
+                self.calls += 1
+                self.written += 1
+                self.bound = self.bound - 0.5
+                return (x / self.bound) * self.written
+
+        net = nn.Sequential(Centred(), model)
+        with recipefuzz.watch(net, optimizer, stop=False) as w:
+            for x, y in loader[:2]:
+                optimizer.zero_grad()
+                loss = F.mse_loss(net(x), y)
+                loss.backward()
+                optimizer.step()
+        """,
+    )
+    assert (found.cause, found.step, found.source) == (
+        "division_by_zero",
+        2,
+        "return (x / self.bound) * self.written",
+    )
+    state = names["net"][0]
+    assert (state.calls, state.written[0], state.bound[0]) == (2, 3.0, 0.0)
+
+
 def test_an_iterator_is_not_advanced(tmp_path):
     found, names = diagnosed(
         tmp_path,
@@ -318,6 +371,35 @@ def test_a_loop_in_a_method(tmp_path):
     )
     assert (found.cause, found.op, found.step) == ("domain_error", "sqrt", 2)
     assert found.source == "return (output * 0 + target).sqrt().sum()"
+
+
+def test_two_models_with_an_optimizer_each(tmp_path):
+    found, names = diagnosed(
+        tmp_path,
+        """
+        judge = nn.Sequential(nn.Linear(1, 8), nn.Tanh(), nn.Linear(8, 1), nn.Sigmoid())
+        judges = torch.optim.Adam(judge.parameters(), lr=0.01)
+        loader[3][1][0] = 1e9
+        with (
+            recipefuzz.watch(model, optimizer, stop=False) as other,
+            recipefuzz.watch(judge, judges, stop=False) as w,
+        ):
+            for x, y in loader:
+                made = model(x)
+                judges.zero_grad()
+                loss = -(judge(y).log() + (1 - judge(made.detach())).log()).mean()
+                loss = loss + (y - 1e9).abs().min().log() * judge(y).sum()
+                loss.backward()
+                judges.step()
+                optimizer.zero_grad()
+                (-judge(made).log().mean()).backward()
+                optimizer.step()
+        """,
+    )
+    assert (found.cause, found.op, found.step) == ("log_of_zero", "log", 4)
+    assert found.source == "loss = loss + (y - 1e9).abs().min().log() * judge(y).sum()"
+    assert "which the update" not in found.explanation
+    assert (names["w"].steps, names["other"].steps) == (6, 6)
 
 
 def test_closures(tmp_path):

@@ -44,9 +44,8 @@ class Moment:
         self.parameters = parameters
         self._device = parameters[0].device if parameters else torch.device("cpu")
         self._on_cuda = self._device.type == "cuda"
-        self._buffers = list(model.buffers())
-        self._versions = [b._version for b in self._buffers]
-        self._copies = [b.clone() for b in self._buffers]
+        self._model = model
+        self._buffers = _Buffers(model)
         self._over = True
 
     def enter(self, args: tuple[Any, ...], kwargs: dict[str, Any], calls: Calls) -> None:
@@ -54,8 +53,7 @@ class Moment:
         if self._over:
             self._over, self.backwards = False, 0
             self.forwards.clear()
-            if self._buffers:
-                self._copy_buffers()
+            self._buffers.copy()
         self.forwards.append(Forward(args, kwargs, self.random(), calls))
 
     def leave(self) -> None:
@@ -73,35 +71,74 @@ class Moment:
         if len(states) > 1:
             torch.cuda.set_rng_state(states[1], self._device)
 
-    def _copy_buffers(self) -> None:
-        if changed := self._changed():
-            buffers = [self._buffers[i] for i in changed]
-            torch._foreach_copy_([self._copies[i] for i in changed], buffers)
-            for i, buffer in zip(changed, buffers, strict=True):
-                self._versions[i] = buffer._version
-
-    def _changed(self) -> list[int]:
-        """Which buffers may have been written since they were copied."""
-        return [i for i, b in enumerate(self._buffers) if b._version != self._versions[i] or b.numel() <= SMALL]
-
     @contextmanager
     def back(self) -> Iterator[None]:
         """The state at the step's start; on the way out, all is as it was before."""
         random, gradients = self.random(), [p.grad for p in self.parameters]
-        changed = {i: self._buffers[i].clone() for i in self._changed()}
-        with torch.no_grad():
-            for i in changed:
-                self._buffers[i].copy_(self._copies[i])
+        modules = [(m, dict(vars(m))) for m in self._model.modules()]
         for parameter in self.parameters:
             parameter.grad = None
         if self.forwards:
             self.set_random(self.forwards[0].random)
         try:
-            yield
+            with self._buffers.back():
+                yield
         finally:
             self.set_random(random)
-            with torch.no_grad():
-                for i, value in changed.items():
-                    self._buffers[i].copy_(value)
+            for module, attributes in modules:
+                vars(module).update(attributes)
             for parameter, gradient in zip(self.parameters, gradients, strict=True):
                 parameter.grad = gradient
+
+
+class _Buffers:
+    """A model's buffers and what they held at the step's start; a module may write them or bind them anew."""
+
+    def __init__(self, model: nn.Module) -> None:
+        homes = [(m._buffers, name) for m in model.modules() for name, b in m._buffers.items() if b is not None]
+        self._all = [_Buffer(home, name) for home, name in homes]
+
+    def copy(self) -> None:
+        for buffer in self._all:
+            buffer.copy()
+
+    @contextmanager
+    def back(self) -> Iterator[None]:
+        """As they were at the step's start, in memory of their own, so that the present ones stay what they are."""
+        present = [b.home[b.name] for b in self._all]
+        for buffer in self._all:
+            buffer.home[buffer.name] = buffer.earlier()
+        try:
+            yield
+        finally:
+            for buffer, value in zip(self._all, present, strict=True):
+                buffer.home[buffer.name] = value
+
+
+class _Buffer:
+    """One of them, by its place in its module."""
+
+    def __init__(self, home: dict[str, Tensor | None], name: str) -> None:
+        self.home, self.name = home, name
+        self._bind()
+
+    def _bind(self) -> None:
+        self._seen = self.home[self.name]
+        self._kept = None if self._seen is None else self._seen.clone()
+        self._version = 0 if self._seen is None else self._seen._version
+        self._small = self._seen is not None and self._seen.numel() <= SMALL
+
+    def copy(self) -> None:
+        now = self.home[self.name]
+        if now is not self._seen:
+            self._bind()
+        elif now is not None and self._kept is not None and (self._small or now._version != self._version):
+            self._kept.copy_(now)
+            self._version = now._version
+
+    def earlier(self) -> Tensor | None:
+        """What it was; the same tensor where it has not been written since."""
+        now = self.home[self.name]
+        if now is self._seen and now is not None and now._version == self._version and not self._small:
+            return now
+        return None if self._kept is None else self._kept.clone()

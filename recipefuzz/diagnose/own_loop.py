@@ -83,6 +83,7 @@ class LoopWatch:
         with self._hooks:
             if kind is None and self.diagnosis is None and self._history.parameters_are_bad():
                 self._report(self._find(None, "a parameter"))
+        self._moment.forwards.clear()
         return False
 
     def _forward(self, _model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -97,12 +97,6 @@ class Step:
     def again(self) -> Rerun | None:
         return self.rerun()
 
-    @cached_property
-    def data(self) -> list[tuple[str, Tensor]]:
-        """Tensors that the statements read and that don't depend on the parameters: targets, masks, weights."""
-        variables = self.again.reads.items() if self.again else ()
-        return [(name, t) for name, value in variables for t in _tensors_in(value) if not t.requires_grad]
-
 
 NO_FORWARD = (
     "the model was not seen to be called before it, so the step could not be replayed (of a compiled model, watch what "
@@ -166,12 +160,18 @@ def _watched(step: Step, again: Rerun | None, *, own_inputs: bool = False) -> Fa
 
     given = [t for f in step.moment.forwards for t in _tensors_in([f.args, f.kwargs]) if not _is_mask(t)]
     known = {storage(t) for t in given}
-    others = [t for _, t in step.data if storage(t) not in known and not _is_mask(t)]
+    others = [t for _, t in _data(again) if storage(t) not in known and not _is_mask(t)]
     try:
         with step.moment.back(), step.staged(stage):
             return watched_step(step.model, run, given, others, step.number)
     except Exception:  # whatever the user's statements raise the second time
         return None
+
+
+def _data(again: Rerun | None) -> list[tuple[str, Tensor]]:
+    """Tensors that the statements read and that don't depend on the parameters: targets, masks, weights."""
+    variables = again.reads.items() if again else ()
+    return [(name, t) for name, value in variables for t in _tensors_in(value) if not t.requires_grad]
 
 
 def _is_mask(tensor: Tensor) -> bool:
@@ -228,7 +228,7 @@ def _words(step: Step, failure: Failure) -> str:
     if outside == "x":
         return "the model's input"
     if outside == "y":
-        return next((f"`{name}`" for name, t in step.data if not is_finite(t)), "the batch")
+        return next((f"`{name}`" for name, t in _data(step.again) if not is_finite(t)), "the batch")
     if outside.startswith("parameter") and step.number > 1:
         return f"{outside}, which the update of step {step.number - 1} left so"
     return outside
