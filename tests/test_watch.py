@@ -402,6 +402,28 @@ def test_two_models_with_an_optimizer_each(tmp_path):
     assert (names["w"].steps, names["other"].steps) == (6, 6)
 
 
+def test_a_cell_that_is_called_many_times_a_step(tmp_path):
+    found, _ = diagnosed(
+        tmp_path,
+        """
+        cell = nn.GRUCell(4, 8)
+        optimizer = torch.optim.SGD(cell.parameters(), lr=0.1)
+        xs = torch.randn(5, 50, 16, 4)
+        with recipefuzz.watch(cell, optimizer, stop=False) as w:
+            for number, sequence in enumerate(xs):
+                optimizer.zero_grad()
+                h = torch.zeros(16, 8)
+                for t, x in enumerate(sequence):
+                    h = cell(x, h)
+                    if number == 2 and t == 45:
+                        h = h / (t - 45)
+                h.mean().backward()
+                optimizer.step()
+        """,
+    )
+    assert (found.cause, found.op, found.step, found.source) == ("division_by_zero", "div", 3, "h = h / (t - 45)")
+
+
 def test_closures(tmp_path):
     found, _ = diagnosed(
         tmp_path,

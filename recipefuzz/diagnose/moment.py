@@ -6,7 +6,6 @@ reference, random numbers by their generators' states; of the large buffers only
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 from recipefuzz.diagnose.rerun import Calls
 
 SMALL = 4096  # elements of a buffer that is copied at every step: batch norm's kernels write theirs unannounced
-MOST = 32  # forward passes of one step that are kept
+MOST = 32  # forward passes of one step whose inputs are kept
 
 
 class Forward(NamedTuple):
@@ -33,13 +32,13 @@ class Moment:
     """The forward passes since the last backward pass.
 
     Attributes:
-        forwards: those kept, in their order.
+        forwards: the first of them; in a replay those after them take what they are given then.
         backwards: backward passes since the first of them.
         parameters: of the model and of the optimizers.
     """
 
     def __init__(self, model: nn.Module, parameters: list[Tensor]) -> None:
-        self.forwards: deque[Forward] = deque(maxlen=MOST)
+        self.forwards: list[Forward] = []
         self.backwards = 0
         self.parameters = parameters
         self._device = parameters[0].device if parameters else torch.device("cpu")
@@ -54,7 +53,8 @@ class Moment:
             self._over, self.backwards = False, 0
             self.forwards.clear()
             self._buffers.copy()
-        self.forwards.append(Forward(args, kwargs, self.random(), calls))
+        if len(self.forwards) < MOST:
+            self.forwards.append(Forward(args, kwargs, self.random(), calls))
 
     def leave(self) -> None:
         """A backward pass is over."""

@@ -90,7 +90,7 @@ class LoopWatch:
         if torch.compiler.is_compiling():
             return None
         if self._stage is not None:
-            return self._stage.inputs()
+            return self._stage.inputs(args, kwargs)
         if torch.is_grad_enabled():
             self._moment.enter(args, kwargs, calls(sys._getframe(1)))
         return None

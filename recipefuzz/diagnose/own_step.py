@@ -48,13 +48,20 @@ class Stage:
         self._backwards = moment.backwards
         self.loss: Tensor | None = None
 
-    def inputs(self) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        """Of the model's next call; its random state is set, too."""
+    def inputs(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Of the model's next call; its random state is set, too.
+
+        Args:
+            args, kwargs: what it is given now; this is taken for what the step had computed from the parameters.
+        """
         forward = next(self._forwards, None)
         if forward is None:
-            return None
+            return args, kwargs
         self._moment.set_random(forward.random)
-        return forward.args, forward.kwargs
+        if len(args) != len(forward.args) or kwargs.keys() != forward.kwargs.keys():
+            return forward.args, forward.kwargs
+        pairs = zip(forward.args, args, strict=True)
+        return tuple(_fixed(*pair) for pair in pairs), {k: _fixed(v, kwargs[k]) for k, v in forward.kwargs.items()}
 
     def backward(self, loss: Tensor | None) -> None:
         """A backward pass is over.
@@ -158,7 +165,8 @@ def _watched(step: Step, again: Rerun | None, *, own_inputs: bool = False) -> Fa
             return stage.loss
         raise RuntimeError("the statements ended before the backward pass")
 
-    given = [t for f in step.moment.forwards for t in _tensors_in([f.args, f.kwargs]) if not _is_mask(t)]
+    inputs = [t.detach() for f in step.moment.forwards for t in _tensors_in([f.args, f.kwargs]) if not t.grad_fn]
+    given = [t for t in inputs if not _is_mask(t)]
     known = {storage(t) for t in given}
     others = [t for _, t in _data(again) if storage(t) not in known and not _is_mask(t)]
     try:
@@ -172,6 +180,11 @@ def _data(again: Rerun | None) -> list[tuple[str, Tensor]]:
     """Tensors that the statements read and that don't depend on the parameters: targets, masks, weights."""
     variables = again.reads.items() if again else ()
     return [(name, t) for name, value in variables for t in _tensors_in(value) if not t.requires_grad]
+
+
+def _fixed(earlier: Any, now: Any) -> Any:
+    """The earlier input, but for one that hangs on a graph, which its backward pass has freed."""
+    return now if any(t.grad_fn for t in _tensors_in(earlier)) else earlier
 
 
 def _is_mask(tensor: Tensor) -> bool:
