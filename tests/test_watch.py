@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 import recipefuzz
-from recipefuzz.diagnose.diagnosis import Diagnosis
+from recipefuzz.diagnosis import Diagnosis
 
 START = """\
 import torch

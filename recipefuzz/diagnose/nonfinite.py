@@ -62,7 +62,7 @@ def ahead(failure: Failure, outcome: Outcome) -> Diagnosis:
     cause = cause_of(failure.origin)
     health = Health.of(outcome.trace, outcome.baseline)
     root = Root.DATA if cause == "data_nonfinite" else Root.CODE
-    found = _diagnosis(failure, health, cause if cause != OVERFLOW else "exploding_activations", root, None, ())
+    found = diagnosis_of(failure, health, cause if cause != OVERFLOW else "exploding_activations", root, None, ())
     rows = len(failure.rows)
     text = f"the trial itself converges, but an epoch over all rows meets a batch of {rows} "
     text += f"{'row' if rows == 1 else 'rows'} that is not finite: {found.explanation}"

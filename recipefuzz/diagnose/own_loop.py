@@ -18,11 +18,11 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
 
-from recipefuzz.diagnose.diagnosis import Diagnosis
 from recipefuzz.diagnose.history import History
 from recipefuzz.diagnose.moment import Moment
 from recipefuzz.diagnose.own_step import Stage, Step, diagnose, message
 from recipefuzz.diagnose.rerun import Calls, calls, user_place
+from recipefuzz.diagnosis import Diagnosis
 
 UPDATE_DEPTH = 3  # frames from the optimizer's hook to the user's loop: its wrapper, a scheduler's
 SKIPS = 30  # bad steps in a row that a gradient scaler may skip: after them its scale is 1e9 times smaller

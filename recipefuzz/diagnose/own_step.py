@@ -17,7 +17,6 @@ import torch
 from torch import Tensor, nn
 
 from recipefuzz.diagnose.causes import OVERFLOW, cause_of
-from recipefuzz.diagnose.diagnosis import Diagnosis, Root
 from recipefuzz.diagnose.explosions import Health, explosion
 from recipefuzz.diagnose.moment import Moment
 from recipefuzz.diagnose.nonfinite import diagnosis_of
@@ -25,6 +24,7 @@ from recipefuzz.diagnose.replay import Failure, watched_step
 from recipefuzz.diagnose.rerun import Rerun, calls, meeting, rerun_of, user_place
 from recipefuzz.diagnose.roots import root_of
 from recipefuzz.diagnose.tensors import is_finite, storage
+from recipefuzz.diagnosis import Diagnosis, Root
 from recipefuzz.errors import NonFiniteError, Place
 from recipefuzz.verdict import SWOLLEN, Label
 
