@@ -96,7 +96,7 @@ def is_finite(tensor: Tensor) -> bool:
     if not (tensor.is_floating_point() or tensor.is_complex()) or not tensor.numel():
         return True
     values = torch.view_as_real(tensor) if tensor.is_complex() else tensor
-    return math.isfinite(float(values.sum())) or bool(torch.isfinite(values).all())
+    return math.isfinite(values.sum().item()) or bool(torch.isfinite(values).all())
 
 
 def leaves(value: Any) -> Iterator[Any]:
