@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from recipefuzz.diagnose.diagnosis import Diagnosis, Root
+from recipefuzz.diagnose.diagnosis import Diagnosis
 from recipefuzz.diagnose.nonfinite import not_finite
 from recipefuzz.diagnose.patient import Patient
+from recipefuzz.diagnose.stalls import stalled
 from recipefuzz.errors import RAISED, RunFailedError, describe_exception
 from recipefuzz.verdict import Label
 
@@ -23,5 +24,5 @@ def diagnose_trial(patient: Patient) -> Diagnosis:
     if outcome.verdict.label is Label.NAN:
         return not_finite(patient, outcome)
     if outcome.verdict.label is Label.STALLED:
-        return Diagnosis(outcome.verdict.label, Root.RECIPE, outcome.verdict.cause, explanation=outcome.verdict.reason)
+        return stalled(patient, outcome)
     return Diagnosis(outcome.verdict.label, explanation=outcome.verdict.reason)
