@@ -76,7 +76,7 @@ def for_stall(recipe: Recipe, applies: Applies, steps: int) -> list[Remedy]:
     if recipe.weight_decay:
         found.append(Remedy({"weight_decay": 0.0}, 1))
     if recipe.optimizer != "adam":
-        found.append(Remedy({"optimizer": "adam", "lr": 1e-3}, len(DOWN)))
+        found.append(Remedy({"optimizer": "adam", "lr": 1e-3}, 1 + len(DOWN)))
     return [*found, *for_failure(recipe, applies, steps)]
 
 

@@ -25,7 +25,7 @@ class Weight:
     """A weight's gradient.
 
     Attributes:
-        gradient: its L2 norm relative to the weight's; 0 where the loss does not depend on the weight.
+        gradient: its L2 norm relative to the weight's; NaN where the graph does not lead from the loss to the weight.
     """
 
     name: str
@@ -40,8 +40,8 @@ class Signals:
         loss: on the batch.
         activations: of the functions that could be seen, in the order of the forward pass.
         weights: gradients of the parameters with two or more dimensions, in the order of the model.
-        backward: by module with weights of its own, L2 norm of the loss's gradient with respect to its output, relative
-            to that with respect to the model's output.
+        backward: by module with weights of its own that the backward pass reaches, L2 norm of the loss's gradient with
+            respect to its output, relative to the module that gets the most.
         through_time: for a recurrent model on sequences, the gradient with respect to the inputs at the far end,
             relative to the near end; NaN for others.
         spread: standard deviation of the output over the rows, in units of the targets' where these are numbers of
@@ -76,8 +76,8 @@ class Signals:
 
     @property
     def unreached(self) -> tuple[str, ...]:
-        """Weights that get no gradient at all."""
-        return tuple(w.name for w in self.weights if w.gradient == 0)
+        """Weights that the backward pass does not reach."""
+        return tuple(w.name for w in self.weights if math.isnan(w.gradient))
 
 
 def signals(model: nn.Module, loss: Loss, x: Any, y: Any, device: torch.device) -> Signals:
@@ -87,22 +87,21 @@ def signals(model: nn.Module, loss: Loss, x: Any, y: Any, device: torch.device) 
     """
     model.zero_grad()
     buffers = [(b, b.clone()) for b in model.buffers()]
-    ends = _Ends(model)
+    gradients = _Gradients(model)
     watch = ActivationWatch(model)
     x, reached = _followed(x)
     with seeded(0, device):
-        with ends.active(), watch.active():
+        with gradients.active(), watch.active():
             output = model(x)
         value = loss(output, y)
-        ends.follow(output)
         value.backward()
     _put_back(buffers)
-    positions = reached() if reached else ends.embedded
+    positions = reached() if reached else gradients.embedded
     found = Signals(
         float(value.detach()),
         watch.activations,
         tuple(Weight(n, _relative(p)) for n, p in model.named_parameters() if p.dim() >= 2 and p.requires_grad),
-        ends.relative,
+        gradients.relative,
         _through_time(positions) if watch.repeated and positions is not None else math.nan,
         _spread(output, y),
         _descent(model, lambda: loss(model(x), y), value.detach(), device),
@@ -126,15 +125,14 @@ def _followed(x: Any) -> tuple[Any, Callable[[], Tensor | None] | None]:
     return leaf.clone(), lambda: leaf.grad
 
 
-class _Ends:
+class _Gradients:
     """Gradients with respect to what modules give."""
 
     def __init__(self, model: nn.Module) -> None:
         self._own = {
             name: m for name, m in model.named_modules() if any(p.dim() >= 2 for p in m.parameters(recurse=False))
         }
-        self._squares: dict[str, float] = dict.fromkeys(self._own, 0.0)
-        self._end = 0.0
+        self._squares: dict[str, float] = {}
         self.embedded: Tensor | None = None
 
     def active(self) -> ExitStack:
@@ -143,18 +141,15 @@ class _Ends:
             stack.callback(module.register_forward_hook(self._hook(name)).remove)
         return stack
 
-    def follow(self, output: Any) -> None:
-        for tensor in tensors([output.values() if isinstance(output, dict) else output]):
-            if tensor.requires_grad:
-                tensor.register_hook(self._ended)
-
     @property
     def relative(self) -> tuple[tuple[str, float], ...]:
-        return tuple((n, math.sqrt(s / self._end) if self._end else math.nan) for n, s in self._squares.items())
+        squares = ((name, self._squares[name]) for name in self._own if name in self._squares)
+        most = max(self._squares.values(), default=0.0)
+        return tuple((name, math.sqrt(square / most) if most else 1.0) for name, square in squares)
 
     def _hook(self, name: str) -> Callable[[nn.Module, Any, Any], None]:
         def arrived(grad: Tensor) -> None:
-            self._squares[name] += float(grad.double().square().sum())
+            self._squares[name] = self._squares.get(name, 0.0) + float(grad.double().square().sum())
 
         def came(module: nn.Module, _args: Any, output: Any) -> None:
             for tensor in tensors([output]):
@@ -168,13 +163,10 @@ class _Ends:
     def _keep(self, grad: Tensor) -> None:
         self.embedded = grad
 
-    def _ended(self, grad: Tensor) -> None:
-        self._end += float(grad.double().square().sum())
-
 
 def _relative(parameter: Tensor) -> float:
     if parameter.grad is None:
-        return 0.0
+        return math.nan
     return float(parameter.grad.double().norm() / parameter.detach().double().norm().clamp_min(1e-30))
 
 
@@ -184,7 +176,7 @@ def _through_time(gradient: Tensor) -> float:
         return math.nan
     norms = gradient.double().transpose(0, 1).flatten(1).norm(dim=1)
     quarter = len(norms) // 4
-    ends = sorted((float(norms[:quarter].max()), float(norms[-quarter:].max())))
+    gradients = sorted((float(norms[:quarter].max()), float(norms[-quarter:].max())))
     return ends[0] / ends[1] if ends[1] else math.nan
 
 

@@ -18,7 +18,7 @@ CODE = (
 )
 DEAF = "these weights get no gradient: look for detach(), .data, no_grad(), argmax or rounding after them"
 UPHILL = "the backward pass disagrees with the forward pass: check every autograd.Function and hook with gradcheck"
-INPUTS = "every row has the same inputs: look at how they are loaded and scaled"
+INPUTS = "the inputs do not tell the rows apart: look at how they are loaded and scaled"
 TARGETS = "every row has the same target: look at how the targets are loaded"
 ARCHITECTURE = (
     "the model itself does not pass the gradient on: add normalization or skip connections, or make it shallower"
@@ -55,7 +55,7 @@ def _layer_words(cause: str, signals: Signals) -> str:
     if signals.through_time < VANISHED:
         return f"the far end of a sequence gets {signals.through_time:.2g} of the gradient at the near end"
     module, share = signals.weakest
-    return f"{module} gets {share:.2g} of the gradient at the output"
+    return f"{module} gets {share:.2g} of the gradient at the layer that gets the most"
 
 
 def layer(cause: str, found: Findings) -> str:
@@ -86,7 +86,7 @@ def advice(cause: str, root: Root, found: Findings) -> str:
         return UNRELATED
     if root is Root.RECIPE:
         return ""
-    if cause != "cannot_overfit":
+    if cause not in ("cannot_overfit", "unknown"):
         return ARCHITECTURE
     hints = [CODE]
     if found.start.unreached:

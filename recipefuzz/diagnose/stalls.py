@@ -7,22 +7,30 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
-
 from recipefuzz.diagnose import remedies, stall_words
 from recipefuzz.diagnose.diagnosis import Diagnosis, Fix, Root
 from recipefuzz.diagnose.explosions import Health, explosion
 from recipefuzz.diagnose.overfit import Overfit, overfit
 from recipefuzz.diagnose.patient import Patient
-from recipefuzz.diagnose.relation import neighbours_skill, same_everywhere
+from recipefuzz.diagnose.relation import explainable, neighbours_skill, same_targets
 from recipefuzz.diagnose.remedies import Remedy
 from recipefuzz.diagnose.replay import Replay, replaying
 from recipefuzz.diagnose.signals import Signals, signals
-from recipefuzz.diagnose.symptoms import Findings, cause_in_code, helps, overflows, settled, suspects
+from recipefuzz.diagnose.symptoms import (
+    SIGNS,
+    Findings,
+    cause_in_code,
+    helps,
+    overflows,
+    root_of_stall,
+    settled,
+    suspects,
+)
 from recipefuzz.engines.job import Outcome
+from recipefuzz.evidence import below
 from recipefuzz.targets.task import some_rows
 from recipefuzz.trace import COLUMNS, LEAST_NORM, Trace
-from recipefuzz.verdict import SOME, Label
+from recipefuzz.verdict import SHOWN, SOME, Label
 
 BATCH = 256  # rows that signals are measured on: a unit that is 0 for all of them is as good as dead
 LAST = 20  # steps that are looked at for overshooting
@@ -36,22 +44,28 @@ def stalled(patient: Patient, outcome: Outcome) -> Diagnosis:
     `overfit`.
     """
     assert outcome.verdict is not None
-    same = same_everywhere(patient.task.train)
-    if same:
-        return _of_constant_data(same)
+    possible = explainable(patient.task.train)
+    if possible < SOME or same_targets(patient.task.train):
+        return _of_empty_data(possible)
     found = _measured(patient, outcome)
     suspected = suspects(found, patient.recipe)
     fixes = _recipe_fixes(patient, suspected[0] if suspected else "")
-    mended = any(fix.verdict == Label.CONVERGING for fix in fixes)
-    cause = settled(suspected, fixes, patient.recipe)
-    related = neighbours_skill(patient.task.train)
-    case = _Case(found, fixes, None if mended else overfit(patient), related)
-    if case.learnt is not None and not case.learnt.works:
-        cause, root = cause_in_code(found.start), Root.CODE
-    elif related < SOME and not (mended and _generalizes(patient, fixes[0])):
-        cause, root = "unknown", Root.DATA
+    learnt = None if any(fix.works for fix in fixes) else overfit(patient)
+    if learnt is not None and learnt.works:
+        found_fix = patient.remedied([learnt.remedy(patient.recipe)])
+        fixes = tuple(sorted((*found_fix, *fixes), key=remedies.rank))
+    case = _Case(found, fixes, learnt, neighbours_skill(patient.task.train))
+    root = root_of_stall(
+        learnt=learnt is None or learnt.works,
+        mended=case.mended,
+        related=case.related,
+        generalizes=case.related >= SOME or not case.mended or _generalizes(patient, fixes[0]),
+        broken=any(present(found.start) for present in SIGNS.values()),
+    )
+    if root is Root.RECIPE:
+        cause = _of_recipe(patient, outcome, case, suspected)
     else:
-        root = Root.RECIPE
+        cause = cause_in_code(found.start) if learnt is not None and not learnt.works else "unknown"
     return _diagnosis(patient, outcome.verdict.reason, case, cause, root)
 
 
@@ -60,7 +74,7 @@ class _Case:
     """All that was found out.
 
     Attributes:
-        learnt: the experiment with ten rows; None where another recipe converges, which shows as much.
+        learnt: the experiment with ten rows; None where another recipe converges on every seed, which shows as much.
         related: how well the targets follow from the nearest rows.
     """
 
@@ -69,11 +83,21 @@ class _Case:
     learnt: Overfit | None
     related: float
 
+    @property
+    def mended(self) -> bool:
+        return any(fix.verdict == Label.CONVERGING for fix in self.fixes)
 
-def _of_constant_data(same: str) -> Diagnosis:
-    advice = stall_words.INPUTS if same == "inputs" else stall_words.TARGETS
-    text = f"all training rows have the same {same}: there is nothing to learn but a constant"
-    return Diagnosis(Label.STALLED, Root.DATA, "constant_output", explanation=text, advice=advice)
+
+def _of_empty_data(possible: float) -> Diagnosis:
+    if math.isnan(possible):
+        text, advice = "all training rows have the same target: there is nothing to learn", stall_words.TARGETS
+    else:
+        text = (
+            f"rows with the same inputs have different targets: no model can explain more than {possible:.0%} of them"
+        )
+        advice = stall_words.INPUTS
+    evidence = {"explainable": possible}
+    return Diagnosis(Label.STALLED, Root.DATA, "constant_output", explanation=text, evidence=evidence, advice=advice)
 
 
 def _measured(patient: Patient, outcome: Outcome) -> Findings:
@@ -88,7 +112,8 @@ def _measured(patient: Patient, outcome: Outcome) -> Findings:
         end = _signals(patient, replay)
     assert outcome.verdict is not None
     swell = float(trace.param_norm[-1] / max(trace.param_norm[0], LEAST_NORM))
-    return Findings(start, end, overshot, swell, _overflowed(patient, outcome), outcome.verdict.cause)
+    overflow = next((i for i, n in enumerate(trace.grad_norm, 1) if overflows(n, patient.recipe.optimizer)), 0)
+    return Findings(start, end, overshot, swell, overflow, outcome.verdict.cause)
 
 
 def _signals(patient: Patient, replay: Replay) -> Signals:
@@ -97,17 +122,14 @@ def _signals(patient: Patient, replay: Replay) -> Signals:
     return signals(replay.model, replay.task.loss, x, y, patient.device)
 
 
-def _overflowed(patient: Patient, outcome: Outcome) -> str:
-    """Which explosion made a gradient whose square is inf to an adaptive optimizer; empty if none did."""
-    trace, recipe = outcome.trace, patient.recipe
-    if not overflows(float(np.max(trace.grad_norm)), recipe.optimizer):
-        return ""
-    step = next(i for i, norm in enumerate(trace.grad_norm, start=1) if overflows(float(norm), recipe.optimizer))
-    until = Trace(**{name: getattr(trace, name)[:step] for name in COLUMNS})
+def _of_recipe(patient: Patient, outcome: Outcome, case: _Case, suspected: tuple[str, ...]) -> str:
+    recipe, step = patient.recipe, case.found.overflow
+    if not step:
+        return settled(suspected, case.fixes, recipe)
+    until = Trace(**{name: getattr(outcome.trace, name)[:step] for name in COLUMNS})
+    working = frozenset(a for f in case.fixes if f.verdict == Label.CONVERGING and len(f.values) == 1 for a in f.values)
     health = Health.of(until, outcome.baseline)
-    return explosion(
-        "forward", health, recipe.optimizer, recipe.init_scale, recurrent=False, mended_by=frozenset({"init_scale"})
-    )
+    return explosion("forward", health, recipe.optimizer, recipe.init_scale, recurrent=False, mended_by=working)
 
 
 def _recipe_fixes(patient: Patient, suspected: str) -> tuple[Fix, ...]:
@@ -124,9 +146,10 @@ def _recipe_fixes(patient: Patient, suspected: str) -> tuple[Fix, ...]:
 
 
 def _generalizes(patient: Patient, fix: Fix) -> bool:
-    """Whether a run that converges is better than a constant on held-out rows, too: else it learned rows by heart."""
+    """Whether a run that converges is ever better than a constant on held-out rows: else it learned rows by heart."""
     outcome = replace(patient, recipe=patient.recipe.but(**fix.values)).train()
-    return bool(outcome.trace.heldout) and min(loss for _, loss in outcome.trace.heldout) < outcome.baseline
+    losses = [loss for _, loss in outcome.trace.heldout]
+    return bool(losses) and below(outcome.baseline, min(losses), outcome.baseline) >= SHOWN
 
 
 def _diagnosis(patient: Patient, reason: str, case: _Case, cause: str, root: Root) -> Diagnosis:
@@ -155,7 +178,7 @@ def _evidence(case: _Case) -> Mapping[str, Any]:
         "overshot": found.overshot,
         "swell": found.swell,
         "neighbours_skill": case.related,
-        "ten_rows": vars(case.learnt) if case.learnt else None,
+        "ten_rows_skill": case.learnt.skill if case.learnt else None,
     }
 
 
