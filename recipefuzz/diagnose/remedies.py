@@ -33,7 +33,8 @@ class Remedy:
     def change(self, recipe: Recipe) -> str:
         """In words: "lr 0.3 -> 0.1"."""
         old = recipe.values()
-        return ", ".join(f"{name} {_shown(old.get(name))} -> {_shown(new)}" for name, new in self.values.items())
+        changed = ((name, old.get(name), new) for name, new in self.values.items() if new != old.get(name))
+        return ", ".join(f"{name} {_shown(before)} -> {_shown(new)}" for name, before, new in changed)
 
 
 def _shown(value: Scalar) -> str:

@@ -176,8 +176,8 @@ def _through_time(gradient: Tensor) -> float:
         return math.nan
     norms = gradient.double().transpose(0, 1).flatten(1).norm(dim=1)
     quarter = len(norms) // 4
-    gradients = sorted((float(norms[:quarter].max()), float(norms[-quarter:].max())))
-    return ends[0] / ends[1] if ends[1] else math.nan
+    weaker, stronger = sorted((float(norms[:quarter].max()), float(norms[-quarter:].max())))
+    return weaker / stronger if stronger else math.nan
 
 
 def _spread(output: Any, y: Any) -> float:
