@@ -367,6 +367,22 @@ def test_rows_and_targets_mixed_in_the_model(patient_of):
     assert "different orders" in found.advice
 
 
+def test_a_graph_that_is_cut(patient_of):
+    class Cut(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = mlp()
+
+        def forward(self, x):
+            output = self.net(x)
+            return output.detach() + 0 * self.net[-1].bias
+
+    found = diagnose_trial(patient_of(Cut, lr=0.05))
+    assert (found.cause, found.root) == ("cannot_overfit", Root.CODE)
+    assert "2 of 2 weights get no gradient" in found.explanation
+    assert "detach()" in found.advice
+
+
 def test_targets_that_do_not_follow_from_the_inputs(patient_of):
     y = torch.randn(200, 1, generator=torch.Generator().manual_seed(3))
     found = diagnose_trial(patient_of(mlp, y=y, lr=0.05))

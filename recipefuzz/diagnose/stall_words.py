@@ -41,9 +41,19 @@ def symptom(cause: str, found: Findings, recipe: Recipe) -> str:
         return f"the output hardly depends on the row: its spread is {found.end.spread:.2g} at the end"
     present = SIGNS.get(cause)
     if present is None:
-        return "no single fault was seen in activations and gradients"
+        return _gradient_words(found.start)
     early = present(found.start)
     return f"{_layer_words(cause, found.start if early else found.end)} {'from the start' if early else 'at the end'}"
+
+
+def _gradient_words(start: Signals) -> str:
+    if start.descent <= 0:
+        return (
+            f"a small step against the gradient changes the loss by {start.descent:.2f} of what the gradient promises"
+        )
+    if start.unreached:
+        return f"{len(start.unreached)} of {len(start.weights)} weights get no gradient at all"
+    return "no single fault was seen in activations and gradients"
 
 
 def _layer_words(cause: str, signals: Signals) -> str:
