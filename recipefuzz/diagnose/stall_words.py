@@ -33,10 +33,9 @@ def symptom(cause: str, found: Findings, recipe: Recipe) -> str:
     if cause == "lr_too_low":
         return f"lr {recipe.lr:.3g} is too small for the gradients that it gets"
     if cause == "lr_too_high":
-        return (
-            f"lr {recipe.lr:.3g} is too large: the weights are {found.swell:.3g} times their first size, "
-            f"and {found.overshot:.0%} of the last steps raised the loss of their own batch"
-        )
+        text = f"lr {recipe.lr:.3g} is too large: the weights are {found.swell:.3g} times their first size"
+        rose = f", and {found.overshot:.0%} of the last steps raised the loss of their own batch"
+        return text + rose if found.overshot else text
     if cause == "constant_output":
         return f"the output hardly depends on the row: its spread is {found.end.spread:.2g} at the end"
     present = SIGNS.get(cause)
