@@ -96,7 +96,10 @@ class ConfirmConfig(_Section):
 
 
 class SearchConfig(_Section):
-    """How the space is searched. `trials` is the total across restarts, `time` that of all of them together."""
+    """How the space is searched. `trials` is the total across restarts, `time` that of all of them together.
+
+    `diagnose` kinds of failure, the most frequent ones, are explained at the end.
+    """
 
     trials: Count = 100
     sampler: Samplers = "tpe"
@@ -106,6 +109,7 @@ class SearchConfig(_Section):
     grid_points: Annotated[Count, Field(ge=2, le=1000)] = 5
     confirm: ConfirmConfig = ConfirmConfig()
     rank_by: Literal["skill", "heldout_skill"] = "skill"
+    diagnose: Annotated[Whole, Field(le=100)] = 3
 
 
 class RunConfig(_Section):

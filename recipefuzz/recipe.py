@@ -129,6 +129,15 @@ class Recipe:
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
+def shown(value: Scalar) -> str:
+    """A recipe's value for people: three digits, null and truth values as in the config."""
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return str(value).lower()
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
 def _plain(value: Scalar) -> Scalar:
     """Equal values in one spelling: 1, 1.0 and true are equal to Python, and so are recipes with them."""
     return int(value) if isinstance(value, (bool, float)) and is_finite(value) and value == int(value) else value

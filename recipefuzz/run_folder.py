@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,16 +12,18 @@ from typing import Any
 
 from recipefuzz.atomic import write_atomically
 from recipefuzz.config import Config, load_config
+from recipefuzz.diagnosis import Diagnosis
 from recipefuzz.errors import InputError, Place, RunFailedError
 from recipefuzz.journal import at_work, is_locked
+from recipefuzz.peak import Peak
 from recipefuzz.result import TrialResult
 from recipefuzz.source import write_yaml
 from recipefuzz.store import Store
 
 RUNS = Path("runs")
-JOURNAL, CONFIG = "study.journal", "config.yaml"
+JOURNAL, CONFIG, DIAGNOSES = "study.journal", "config.yaml", "diagnoses.json"
 FREE = {  # keys that change no trial, so a run may go on with others
-    "search": ("trials", "time", "confirm", "rank_by"),
+    "search": ("trials", "time", "confirm", "rank_by", "diagnose"),
 }
 
 
@@ -54,13 +57,26 @@ class RunFolder:
             fix=f"runs here: {', '.join(known)}" if known else "recipefuzz search CONFIG makes one",
         )
 
-    def read(self) -> tuple[list[TrialResult], float]:
-        """All finished trials and the time that the search has taken, read while another process may be writing."""
+    def read(self) -> tuple[list[TrialResult], float, Peak]:
+        """All finished trials, the time and the memory that they took, read while another process may be writing."""
         store = Store(self.journal, write=False)
         try:
-            return store.results(), store.seconds()
+            return store.results(), store.seconds(), store.peak()
         finally:
             store.close()
+
+    def diagnoses(self) -> dict[int, Diagnosis]:
+        """What was found out about trials, by their numbers; a file that can't be read is as good as none."""
+        try:
+            records = json.loads((self.path / DIAGNOSES).read_text())
+            return {int(number): Diagnosis.from_record(record) for number, record in records.items()}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            return {}
+
+    def keep(self, diagnoses: Mapping[int, Diagnosis]) -> None:
+        """Write them all."""
+        records = {str(number): found.record({}) for number, found in diagnoses.items()}
+        write_atomically(self.path / DIAGNOSES, json.dumps(records, indent=1))
 
     def is_held(self) -> bool:
         """Whether a process is at work in the run."""
@@ -143,7 +159,7 @@ class RunFolder:
         raise InputError(
             "this run was made with another config or other code",
             place=Place(str(self.path)),
-            expected="the same study; only search.trials, time, confirm, rank_by and run.* may change",
+            expected="the same study; only search.trials, time, confirm, rank_by, diagnose and run.* may change",
             fix="give the study another name, or --fresh to start anew (the old folder is kept)",
             detail="\n".join(list(lines)[2:]),
         )

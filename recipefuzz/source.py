@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -41,6 +41,27 @@ def numbers_as_meant(value: Any) -> Any:
     if isinstance(value, list):
         return [numbers_as_meant(inner) for inner in value]
     return float(value) if isinstance(value, str) and EXPONENT.fullmatch(value) else value
+
+
+def parse_settings(settings: Iterable[str]) -> dict[str, Any]:
+    """`["lr=1e-3", "norm=null"]` as values, read as YAML reads them.
+
+    Raises:
+        InputError: no "=", or no single value after it.
+    """
+    found = {}
+    for setting in settings:
+        name, equals, text = setting.partition("=")
+        try:
+            value = yaml.load(text, Loader=_Loader) if equals else setting  # noqa: S506 - a SafeLoader
+        except yaml.YAMLError:
+            value = [text]
+        if not equals or not name.strip() or isinstance(value, (dict, list)):
+            raise InputError(
+                "not a setting", place=Place(key="--set"), found=setting, expected="axis=value, as in lr=0.3"
+            )
+        found[name.strip()] = value
+    return found
 
 
 def write_yaml(values: Mapping[str, Any]) -> str:

@@ -254,11 +254,11 @@ def _not_finite(trace: Trace) -> Verdict:
     if swell >= SWOLLEN:
         text += f"; the weights had grown to {swell:.3g} times their size"
         return Verdict(Label.NAN, text, "exploding_parameters", evidence)
-    usual = median(trace.grad_norm[: max(1, trace.steps - 1)])
-    burst = float(trace.grad_norm[-1]) > BURST * usual or not np.isfinite(trace.grad_norm[-1])
-    if trace.steps > 1 and burst and np.isfinite(usual):
-        return Verdict(Label.NAN, f"{text}; the gradient burst from {usual:.3g}", "exploding_gradients", evidence)
-    return Verdict(Label.NAN, text, "unknown", evidence)
+    known = trace.grad_norm[np.isfinite(trace.grad_norm)]
+    if len(known) > 1 and float(known.max()) > BURST * median(known):
+        text += f"; the gradient had burst from {median(known):.3g} to {known.max():.3g}"
+        return Verdict(Label.NAN, text, "exploding_gradients", evidence)
+    return Verdict(Label.NAN, f"{text}, all of a sudden", "unknown", evidence)
 
 
 def _too_short(trace: Trace) -> Verdict:

@@ -10,7 +10,6 @@ import torch
 from torch import nn
 
 from recipefuzz.diagnose.activations import Activation, ActivationWatch
-from recipefuzz.diagnose.diagnosis import Fix, Root
 from recipefuzz.diagnose.overfit import overfit
 from recipefuzz.diagnose.patient import Patient
 from recipefuzz.diagnose.relation import explainable, neighbours_skill, same_targets, varied
@@ -26,6 +25,7 @@ from recipefuzz.diagnose.symptoms import (
     suspects,
 )
 from recipefuzz.diagnose.trial import diagnose_trial
+from recipefuzz.diagnosis import Fix, Root
 from recipefuzz.engines.job import run
 from recipefuzz.engines.sequential import SequentialEngine
 from recipefuzz.recipe import Recipe

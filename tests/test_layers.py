@@ -19,13 +19,13 @@ PACKAGE = ROOT / "recipefuzz"
 # A file imports from lower layers, and from those listed before it in its own. A folder is one entry: in it there is no
 # order, only no cycle.
 LAYERS = (
-    ("errors",),
-    ("recipe", "space", "trace", "atomic"),
-    ("evidence", "verdict", "result", "ranking", "source", "axes", "config"),
+    ("errors", "garbage"),
+    ("recipe", "space", "trace", "atomic", "peak"),
+    ("evidence", "verdict", "result", "diagnosis", "ranking", "source", "axes", "config"),
     ("targets/",),
     ("engines/", "journal", "sampling", "store", "run_folder", "report/", "template"),
     ("diagnose/",),
-    ("searching", "judging"),
+    ("diagnosing", "searching", "judging"),
     ("cli", "__init__", "__main__"),
 )
 PURE = 3  # layers from below that know neither torch nor optuna: their rules are tested in milliseconds

@@ -34,7 +34,7 @@ def cause_of(origin: Origin) -> str:
         return "data_nonfinite" if origin.outside in ("x", "y") else OVERFLOW
     if _is_half(event):
         return "half_precision_overflow"
-    if any(not o.stats.finite for o in event.operands):
+    if any(not o.stats.finite for o in event.operands) or (event.makes_nan and any(map(math.isinf, event.scalars))):
         return _of_meant_infinity(event)
     if event.forward is not None:
         return _of_derivative(event)

@@ -10,15 +10,15 @@ from torch import Tensor
 
 from recipefuzz.config import Config
 from recipefuzz.diagnose import remedies
-from recipefuzz.diagnose.diagnosis import Fix
 from recipefuzz.diagnose.remedies import Applies, Runner
+from recipefuzz.diagnosis import Fix
 from recipefuzz.engines import prepare
 from recipefuzz.engines.baselines import Baselines
 from recipefuzz.engines.job import Job, Outcome
 from recipefuzz.engines.sequential import SequentialEngine, one_thread, train
 from recipefuzz.errors import RAISED
 from recipefuzz.recipe import Recipe
-from recipefuzz.targets.baseline import Constant
+from recipefuzz.targets.baseline import Constant, NoBaselineError
 from recipefuzz.targets.norms import replace_norms
 from recipefuzz.targets.seeding import seeded
 from recipefuzz.targets.task import Rows, Task
@@ -55,7 +55,7 @@ class Patient:
             rows = engine.rows_of(self.recipe)
             try:
                 constant = Baselines(task, self.device).of(self.recipe)
-            except ValueError:
+            except NoBaselineError:
                 constant = Constant(float("nan"))
             job = Job(0, self.recipe, self.seed, whole=True)
             return train(task, job, self.budget, self.device, rows, constant)
@@ -88,6 +88,12 @@ class Patient:
         except RAISED:
             return False
         return outcome.verdict is not None and outcome.verdict.label is Label.CONVERGING
+
+    def fails(self, recipes: Sequence[Recipe]) -> list[bool]:
+        """Whether each of some recipes does not converge with the trial's seed."""
+        jobs = [Job(i, recipe, self.seed, whole=True) for i, recipe in enumerate(recipes)]
+        good = {o.job.key for o in self.run(jobs) if o.verdict is not None and o.verdict.label is Label.CONVERGING}
+        return [i not in good for i in range(len(recipes))]
 
     def remedied(self, changes: Sequence[remedies.Remedy]) -> tuple[Fix, ...]:
         return remedies.tried(self.recipe, self.seed, changes, self.run)

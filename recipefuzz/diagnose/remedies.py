@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from recipefuzz.diagnose.diagnosis import Fix
+from recipefuzz.diagnosis import Fix
 from recipefuzz.engines.job import Job, Outcome
 from recipefuzz.evidence import skill_at_end
-from recipefuzz.recipe import Recipe, Scalar
+from recipefuzz.recipe import Recipe, Scalar, shown
 from recipefuzz.verdict import Label
 
 SEEDS = 3  # runs that a fix must pass: one may be luck
@@ -34,13 +35,7 @@ class Remedy:
         """In words: "lr 0.3 -> 0.1"."""
         old = recipe.values()
         changed = ((name, old.get(name), new) for name, new in self.values.items() if new != old.get(name))
-        return ", ".join(f"{name} {_shown(before)} -> {_shown(new)}" for name, before, new in changed)
-
-
-def _shown(value: Scalar) -> str:
-    if value is None:
-        return "none"
-    return f"{value:.3g}" if isinstance(value, float) else str(value)
+        return ", ".join(f"{name} {shown(before)} -> {shown(new)}" for name, before, new in changed)
 
 
 @dataclass(frozen=True)
@@ -164,4 +159,5 @@ def _fix(recipe: Recipe, remedy: Remedy, outcomes: Sequence[Outcome]) -> Fix:
     assert outcome.verdict is not None
     converged = int(outcome.verdict.label is Label.CONVERGING)
     skill = skill_at_end(outcome.trace, outcome.baseline)
-    return Fix(remedy.change(recipe), remedy.values, outcome.verdict.label, skill, 1, converged)
+    known = None if math.isnan(skill) else round(skill, 4)
+    return Fix(remedy.change(recipe), remedy.values, outcome.verdict.label, known, 1, converged)

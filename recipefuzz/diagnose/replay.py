@@ -88,6 +88,20 @@ class Replay:
         x, y = self._rows.take(batch)
         return watched_step(self.model, lambda: self.stepper.step(x, y), x, y, self.done, tuple(batch.tolist()))
 
+    def loss_and_gradients(self, batch: Tensor) -> Tensor:
+        """Forward and backward pass on some rows, without an update; the loss, a scalar on the device."""
+        x, y = self._rows.take(batch.to(self._rows.index_device))
+        self.model.zero_grad()
+        with prepare.autocast(self.recipe, self.device):
+            loss = self.task.loss(self.model(x), y)
+        loss.backward()
+        return loss.detach()
+
+    def watched_batch(self, batch: Tensor) -> Failure | None:
+        """The same, watched."""
+        x, y = self._rows.take(batch.to(self._rows.index_device))
+        return watched_step(self.model, lambda: self.loss_and_gradients(batch), x, y, self.done, tuple(batch.tolist()))
+
 
 def watched_step(
     model: nn.Module, step: Callable[[], Tensor], x: Any, y: Any, number: int, rows: tuple[int, ...] = ()

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from recipefuzz.diagnose.diagnosis import Root
 from recipefuzz.diagnose.explosions import Health
+from recipefuzz.diagnosis import Root
 
 EXPLOSIONS = ("exploding_activations", "exploding_gradients", "exploding_parameters")
 

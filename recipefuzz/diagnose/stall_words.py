@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from recipefuzz.diagnose.diagnosis import Fix, Root
 from recipefuzz.diagnose.overfit import ROWS, Overfit
 from recipefuzz.diagnose.signals import Signals
 from recipefuzz.diagnose.symptoms import SIGNS, Findings
+from recipefuzz.diagnosis import Fix, Root
 from recipefuzz.recipe import Recipe
 from recipefuzz.verdict import VANISHED, Label
 

@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from recipefuzz.diagnose import remedies, stall_words
-from recipefuzz.diagnose.diagnosis import Diagnosis, Fix, Root
 from recipefuzz.diagnose.explosions import Health, explosion
 from recipefuzz.diagnose.overfit import Overfit, overfit
 from recipefuzz.diagnose.patient import Patient
@@ -26,6 +25,7 @@ from recipefuzz.diagnose.symptoms import (
     settled,
     suspects,
 )
+from recipefuzz.diagnosis import Diagnosis, Fix, Root
 from recipefuzz.engines.job import Outcome
 from recipefuzz.evidence import below
 from recipefuzz.targets.task import some_rows

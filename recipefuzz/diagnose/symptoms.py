@@ -12,9 +12,9 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from recipefuzz.diagnose.diagnosis import Fix, Root
 from recipefuzz.diagnose.explosions import ADAPTIVE
 from recipefuzz.diagnose.signals import Signals
+from recipefuzz.diagnosis import Fix, Root
 from recipefuzz.recipe import Recipe, Scalar
 from recipefuzz.verdict import LEARNED, SOME, SWOLLEN, VANISHED, Label
 

@@ -59,6 +59,12 @@ class Stats:
             tuple(rows),
         )
 
+    @classmethod
+    def brief(cls, tensor: Tensor, finite: bool) -> Stats:
+        """Shape and type of a tensor of which it is known whether all is finite; if not, one element stands for it."""
+        kind, unknown = str(tensor.dtype).removeprefix("torch."), math.nan
+        return cls(tuple(tensor.shape), kind, tensor.numel(), unknown, unknown, unknown, 0, int(not finite), 0, 0, ())
+
     @property
     def infinite(self) -> int:
         return self.positive + self.negative

@@ -57,15 +57,13 @@ class Operand:
         writers: kept operations that put something not finite into its memory before; empty for what came from
             outside the step: rows, parameters, buffers.
         meant: what is not finite in it are infinities that the user's code put there.
-        depends: whether it was computed from the parameters.
         outside: what it is where it came from outside: "x", "y", "parameter NAME", "buffer NAME", or "".
-        is_mask: whether it holds zeros and ones alone, and was not computed from the parameters.
+        is_mask: whether a log was taken of zeros and ones alone that were not computed from the parameters.
     """
 
     stats: Stats
     writers: tuple[int, ...]
     meant: bool
-    depends: bool
     outside: str
     is_mask: bool
 
@@ -92,7 +90,7 @@ class Event:
     meant: bool
     finite_in_double: bool | None
     witness: tuple[float, ...]
-    forward_finite: bool
+    forward_finite: bool = True
 
     @property
     def makes_nan(self) -> bool:
@@ -128,6 +126,7 @@ class Watch(TorchDispatchMode):
         self._modules: list[str] = []
         self._writers: dict[int, list[int]] = {}
         self._kept: list[Tensor] = []  # alive, so that no other tensor gets their memory
+        self._looked_at: dict[int, bool] = {}  # memory that no kept operation wrote, and whether it was finite then
         self._meant: set[int] = set()  # memory whose infinities were meant
         self._depends = {storage(p) for p in model.parameters()}
         self._forward: dict[int, tuple[Spot, bool]] = {}  # by autograd's number: the operation, whether it was finite
@@ -179,32 +178,56 @@ class Watch(TorchDispatchMode):
     ) -> Any:
         kwargs = kwargs or {}
         written = _written(func, args, kwargs)
-        ids = {id(t) for t in written}
         before = {id(t): t.clone() for t in written}
+        unread = before if base_name(func) in OVERWRITES else {id(kwargs.get("out")): None}
         inputs = tensors([*args, *kwargs.values()])
-        known = [(t, self._writers.get(storage(t), [])[:], storage(t) in self._meant) for t in inputs]
+        shared = {storage(t) for t in inputs}
+        read = [self._read(t, before.get(id(t), t)) for t in inputs if id(t) not in unread]
         result = func(*args, **kwargs)
-        spot, forward, forward_finite = self._spot(func)
         if func.overloadpacket.__name__ in UNSET:
             return result
-        outputs = tensors([result]) if result is not None else []
+        spot, forward, forward_finite = self._spot(func)
+        outputs = tensors([result])
         outputs += [t for t in written if all(t is not o for o in outputs)]
-        shared = {storage(t) for t in inputs}
         self._follow(outputs, shared, any(key in self._depends for key in shared))
-        made = [t for t in outputs if storage(t) not in shared or id(t) in ids]
-        bad = [t for t in made if not is_finite(t)]
+        made = [t for t in outputs if storage(t) not in shared or id(t) in before]
+        self._looked_at |= dict.fromkeys((storage(t) for t in made), True)  # what is not finite in them is kept, below
+        bad = {id(t) for t in made if not is_finite(t)}
         if bad:
-            unread = ids if spot.op in OVERWRITES else {id(t) for t in tensors([kwargs.get("out")])}
-            operands = [(before.get(id(t), t), t, w, meant) for t, w, meant in known if id(t) not in unread]
-            self._keep(func, args, kwargs, before, spot, forward, forward_finite, operands, made)
+            call = _Call(func, args, kwargs, before)
+            event = self._event(call, spot, forward, read, made, bad)
+            self.events.append(replace(event, forward_finite=forward_finite))
         for tensor in made:
-            if all(tensor is not b for b in bad) and _is_whole(tensor):
-                self._writers.pop(storage(tensor), None)
-                self._meant.discard(storage(tensor))
+            self._mark(tensor, id(tensor) in bad)
         if forward is None and spot.phase in ("forward", "loss"):
             self._count(spot.op, shared if made else set())
             self._forward.setdefault(_get_sequence_nr() - 1, (spot, not bad))
         return result
+
+    def _read(self, tensor: Tensor, old: Tensor) -> _Read:
+        key = storage(tensor)
+        writers, outside = tuple(self._writers.get(key, ())), self._outside.get(key, "")
+        finite = is_finite(old) if writers else self._was_finite(tensor, key)
+        return _Read(old, finite, writers, key in self._meant, key in self._depends, outside)
+
+    def _was_finite(self, tensor: Tensor, key: int) -> bool:
+        """Of memory that nothing in the step wrote something not finite to: looked at once."""
+        if key not in self._looked_at:
+            self._looked_at[key] = is_finite(tensor)
+            self._kept.append(tensor)
+        return self._looked_at[key] or is_finite(tensor)
+
+    def _mark(self, tensor: Tensor, bad: bool) -> None:
+        """Follow what wrote the memory of a tensor that the last kept operation made, or another one that is finite."""
+        key = storage(tensor)
+        if _is_whole(tensor):
+            self._writers.pop(key, None)
+            self._meant.discard(key)
+        if bad:
+            event = self.events[-1]
+            self._writers.setdefault(key, []).append(event.index)
+            self._kept.append(tensor)
+            (self._meant.add if event.meant else self._meant.discard)(key)
 
     def _follow(self, outputs: list[Tensor], shared: set[int], depends: bool) -> None:
         """Whether what an operation wrote depends on the parameters; of new memory, nothing that lay there counts."""
@@ -234,83 +257,89 @@ class Watch(TorchDispatchMode):
             return Spot(self.phase, op, module, file, line), None, True
         forward, finite = self._forward.get(node._sequence_nr(), (None, True))
         file, line = user_line(backward=True)
-        here = Spot("backward", op, "", file, line)
+        here = Spot("backward", op, forward.module if forward else "", file, line)
+        if file:  # the backward pass of a custom Function: the user's own operation
+            return here, None, True
         if forward is None:
             return here, Spot("forward", node.name().split("::")[-1]), True
-        if not file:
-            here = replace(here, module=forward.module, file=forward.file, line=forward.line)
-        return here, forward, finite
+        return replace(here, file=forward.file, line=forward.line), forward, finite
 
-    def _keep(
+    def _event(
         self,
-        func: Any,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        before: dict[int, Tensor],
+        call: _Call,
         spot: Spot,
         forward: Spot | None,
-        forward_finite: bool,
-        operands: list[tuple[Tensor, Tensor, list[int], bool]],
+        read: list[_Read],
         made: list[Tensor],
-    ) -> None:
-        index = len(self.events)
-        seen = tuple(
-            Operand(
-                Stats.of(old),
-                tuple(writers),
-                self._put_there(old, t, writers, meant),
-                storage(t) in self._depends,
-                self._outside.get(storage(t), ""),
-                storage(t) not in self._depends and bool(((old == 0) | (old == 1)).all()),
-            )
-            for old, t, writers, meant in operands
+        bad: set[int],
+    ) -> Event:
+        """What is kept of a call: in full where it may be the one that began it, else what a way back needs."""
+        clean = all(r.is_clean for r in read)
+        operands = tuple(r.operand(Stats.of(r.old) if clean else Stats.brief(r.old, r.finite), spot.op) for r in read)
+        scalars = tuple(float(s) for s in leaves([*call.args, *call.kwargs.values()]) if isinstance(s, (int, float)))
+        results = tuple(Stats.of(t) if clean else Stats.brief(t, id(t) not in bad) for t in made)
+        meant = clean and _is_meant(spot.op, operands, scalars, results)
+        produces = clean and not meant
+        first_bad = next(t for t in made if id(t) in bad)
+        return Event(
+            len(self.events),
+            spot,
+            forward,
+            operands,
+            scalars,
+            results,
+            meant,
+            _finite_in_double(call) if produces else None,
+            _witness([r.old for r in read], first_bad) if produces else (),
         )
-        scalars = tuple(float(s) for s in leaves([*args, *kwargs.values()]) if isinstance(s, (int, float)))
-        results = tuple(Stats.of(t) for t in made)
-        meant = self._is_meant(spot.op, seen, scalars, results)
-        clean = all(o.stats.finite or o.meant for o in seen)
-        self.events.append(
-            Event(
-                index,
-                spot,
-                forward,
-                seen,
-                scalars,
-                results,
-                meant,
-                _finite_in_double(func, args, kwargs, before) if clean and not meant else None,
-                _witness([old for old, *_ in operands], made[0]) if clean else (),
-                forward_finite,
-            )
-        )
-        for tensor in made:
-            if is_finite(tensor):
-                continue
-            key = storage(tensor)
-            self._writers[key] = [index] if _is_whole(tensor) else [*self._writers.get(key, []), index]
-            self._kept.append(tensor)
-            if meant:
-                self._meant.add(key)
-            else:
-                self._meant.discard(key)
 
-    def _put_there(self, old: Tensor, tensor: Tensor, writers: list[int], meant: bool) -> bool:
+
+@dataclass(frozen=True)
+class _Call:
+    """An operation, and its arguments that it wrote into as they were before, by their ids."""
+
+    func: Any
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    before: Mapping[int, Tensor]
+
+
+@dataclass(frozen=True)
+class _Read:
+    """A tensor that went in, as it was then; the rest as in `Operand`."""
+
+    old: Tensor
+    finite: bool
+    writers: tuple[int, ...]
+    meant: bool
+    depends: bool
+    outside: str
+
+    @property
+    def is_meant(self) -> bool:
         """Infinities of a literal, or in a constant or a buffer of the model; not those in rows and parameters."""
-        if bool(torch.isnan(old).any()):
-            return False
-        return meant if writers else not self._outside.get(storage(tensor), "").startswith(("x", "y", "parameter"))
+        given = self.meant if self.writers else not self.outside.startswith(("x", "y", "parameter"))
+        return given and not bool(torch.isnan(self.old).any())
 
-    def _is_meant(
-        self, op: str, operands: tuple[Operand, ...], scalars: tuple[float, ...], results: tuple[Stats, ...]
-    ) -> bool:
-        """Infinities that the code fills in, and what is still infinite of them after further operations."""
-        if any(r.nans for r in results):
-            return False
-        not_finite = [o for o in operands if not o.stats.finite]
-        not_finite = [o for o in operands if not o.stats.finite]
-        if not_finite:
-            return all(o.meant for o in not_finite)
-        return any(math.isinf(s) for s in scalars) or not operands or (op == "log" and operands[0].is_mask)
+    @property
+    def is_clean(self) -> bool:
+        return self.finite or self.is_meant
+
+    def operand(self, stats: Stats, op: str) -> Operand:
+        mask = op == "log" and not self.depends and bool(((self.old == 0) | (self.old == 1)).all())
+        return Operand(stats, self.writers, not self.finite and self.is_meant, self.outside, mask)
+
+
+def _is_meant(op: str, operands: tuple[Operand, ...], scalars: tuple[float, ...], results: tuple[Stats, ...]) -> bool:
+    """Infinities that the code fills in, and what is still infinite of them after further operations.
+
+    Args:
+        operands: finite, or infinite as they were meant to be.
+    """
+    if any(r.nans for r in results):
+        return False
+    filled = any(math.isinf(s) for s in scalars) or not operands
+    return filled or any(not o.stats.finite for o in operands) or (op == "log" and operands[0].is_mask)
 
 
 @lru_cache(maxsize=4096)
@@ -336,9 +365,7 @@ def _is_whole(tensor: Tensor) -> bool:
     return tensor.numel() * tensor.element_size() == tensor.untyped_storage().nbytes()
 
 
-def _finite_in_double(
-    func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], before: dict[int, Tensor]
-) -> bool | None:
+def _finite_in_double(call: _Call) -> bool | None:
     """Whether the same operation on the same numbers is finite in float64; None if it has no such form."""
 
     def widened(value: Any) -> Any:
@@ -346,11 +373,11 @@ def _finite_in_double(
             return type(value)(widened(v) for v in value)
         if not isinstance(value, Tensor):
             return torch.float64 if isinstance(value, torch.dtype) and value.is_floating_point else value
-        old = before.get(id(value), value)
-        return old.double() if old.is_floating_point() else old.clone() if id(value) in before else old
+        old = call.before.get(id(value), value)
+        return old.double() if old.is_floating_point() else old.clone() if id(value) in call.before else old
 
     try:
-        result = func(*[widened(a) for a in args], **{k: widened(v) for k, v in kwargs.items()})
+        result = call.func(*[widened(a) for a in call.args], **{k: widened(v) for k, v in call.kwargs.items()})
     except (RuntimeError, TypeError, NotImplementedError):
         return None
     return all(is_finite(t) for t in tensors([result]))

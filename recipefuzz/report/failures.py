@@ -2,28 +2,32 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
+from recipefuzz.diagnosis import Diagnosis, Root
 from recipefuzz.recipe import Scalar
 from recipefuzz.result import Phase, TrialResult
 from recipefuzz.space import Choice, Range, Space
 
 CLEAR = 0.25  # least gain (share of the bucket inside minus share of the others) at which a region is named:
 # below it the sentence would send people to turn a knob that hardly matters
+FEWEST, ALL = 2, 17  # digits of a threshold: two are easy to read, 17 tell any two floats apart
 SMALLEST = 3  # trials; fewer have no region
-Kind = tuple[str, str]  # verdict and cause; of an error, the beginning of its message
+Kind = tuple[str, ...]  # verdict, cause and, if diagnosed, the place; of an error, the beginning of its message
 
 
 @dataclass(frozen=True)
 class Bucket:
-    """Failures with the same verdict and cause.
+    """Failures with the same verdict and cause, or whose representatives were found to have the same cause and place.
 
     Attributes:
+        cause: of the diagnosis where there is one, else what the trace shows.
         where: the region that tells them from the other trials best, such as "lr > 0.8"; may be empty.
         example: the representative: the failing trial in the middle of the bucket.
     """
@@ -34,29 +38,57 @@ class Bucket:
     share: float
     where: str
     example: TrialResult
+    diagnosis: Diagnosis | None = None
 
     @property
     def reason(self) -> str:
         return self.example.error or self.example.reason
 
+    @property
+    def place(self) -> str:
+        """Where it is the code's fault: such as "model.py:31"."""
+        return self.diagnosis.where if self.diagnosis and self.diagnosis.root != Root.RECIPE else ""
+
     def __str__(self) -> str:
-        name = self.cause or self.verdict
+        name = (self.cause or self.verdict) + (f" at {self.place}" if self.place else "")
         return f"{self.trials} {'trial' if self.trials == 1 else 'trials'}: {name}" + (
             f" ({self.where})" if self.where else ""
         )
 
 
-def buckets(results: Sequence[TrialResult], space: Space) -> list[Bucket]:
-    """Buckets of the search's failing trials, largest first. An error's bucket is its message."""
+def buckets(
+    results: Sequence[TrialResult], space: Space, diagnoses: Mapping[int, Diagnosis] | None = None
+) -> list[Bucket]:
+    """Buckets of the search's failing trials, largest first. An error's bucket is its message.
+
+    Args:
+        diagnoses: by trial: a bucket has that of its representative. One representative is diagnosed, however many
+            trials fail, so buckets are first made of what the traces show, and joined where the diagnoses agree.
+    """
     trials = [r for r in results if r.phase is Phase.SEARCH]
     kinds: defaultdict[Kind | None, list[TrialResult]] = defaultdict(list)
     for result in trials:
         kinds[_kind(result)].append(result)
-    largest_first = sorted(kinds, key=lambda kind: -len(kinds[kind]))
-    return [_bucket(kind, kinds, len(trials), space) for kind in largest_first if kind is not None]
+    joined: defaultdict[Kind | None, list[TrialResult]] = defaultdict(list)
+    examples: dict[Kind | None, TrialResult] = {}
+    for kind in sorted(kinds, key=lambda kind: -len(kinds[kind])):
+        inside = kinds[kind]
+        example = inside[len(inside) // 2]
+        found = diagnoses.get(example.trial) if diagnoses and kind else None
+        known = kind if kind is None or found is None or not found.cause else (kind[0], found.cause, found.where)
+        joined[known] += inside
+        examples.setdefault(known, example)
+    made = [_bucket(kind, joined, examples[kind], len(trials), space) for kind in joined if kind is not None]
+    return sorted([replace(b, diagnosis=(diagnoses or {}).get(b.example.trial)) for b in made], key=lambda b: -b.trials)
 
 
-def _bucket(kind: Kind, kinds: Mapping[Kind | None, Sequence[TrialResult]], trials: int, space: Space) -> Bucket:
+def _bucket(
+    kind: Kind,
+    kinds: Mapping[Kind | None, Sequence[TrialResult]],
+    example: TrialResult,
+    trials: int,
+    space: Space,
+) -> Bucket:
     inside = kinds[kind]
     return Bucket(
         verdict=kind[0],
@@ -64,7 +96,7 @@ def _bucket(kind: Kind, kinds: Mapping[Kind | None, Sequence[TrialResult]], tria
         trials=len(inside),
         share=len(inside) / trials,
         where=_where(kind, kinds, space) if len(inside) >= SMALLEST else "",
-        example=inside[len(inside) // 2],
+        example=example,
     )
 
 
@@ -106,11 +138,11 @@ def _conditions(
             )
             for o in axis.options
         ]
-    return [_cut(name, ours, others, above=above) for above in (True, False)]
+    return [_cut(name, ours, others, above=above, integer=axis.integer) for above in (True, False)]
 
 
-def _cut(name: str, ours: Sequence[Any], others: Sequence[Any], *, above: bool) -> tuple[float, str]:
-    """The best threshold: midway between two neighbouring values, rounded to two digits."""
+def _cut(name: str, ours: Sequence[Any], others: Sequence[Any], *, above: bool, integer: bool) -> tuple[float, str]:
+    """The best threshold: about midway between two neighbouring values."""
     sign = 1.0 if above else -1.0
     values = sign * np.array([*ours, *others], dtype=np.float64)
     shares = np.repeat([1.0 / len(ours), -1.0 / len(others)], [len(ours), len(others)])
@@ -120,5 +152,18 @@ def _cut(name: str, ours: Sequence[Any], others: Sequence[Any], *, above: bool) 
     best = ends[gains[ends].argmax()] if len(ends) else 0
     if not len(ends) or gains[best] <= 0:
         return 0.0, ""
-    at = (float(values[best]) + float(values[best + 1])) / 2
-    return float(gains[best]), f"{name} {'>' if above else '<'} {sign * at:.2g}"
+    at = _between(float(values[best + 1]), float(values[best]), integer=integer)
+    return float(gains[best]), f"{name} {'>' if above else '<'} {_in_full(sign * at)}"
+
+
+def _between(outside: float, inside: float, *, integer: bool) -> float:
+    """A threshold that only the larger value, `inside`, is above: about midway, in as few digits as tell them apart."""
+    middle = outside / 2 + inside / 2
+    rounded = (float(f"{middle:.{digits}g}") for digits in range(FEWEST, ALL + 1))
+    at = next((at for at in rounded if outside <= at < inside), outside)
+    return float(math.floor(middle)) if integer and not at.is_integer() else at
+
+
+def _in_full(value: float) -> str:
+    short = f"{value:g}"
+    return short if float(short) == value else f"{value:.{ALL}g}"

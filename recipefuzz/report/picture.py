@@ -8,7 +8,7 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from recipefuzz.recipe import Scalar
+from recipefuzz.recipe import shown
 from recipefuzz.result import Phase, TrialResult
 from recipefuzz.space import Axis, Choice, Range, Space
 from recipefuzz.verdict import Label
@@ -71,15 +71,6 @@ def _block(trials: Sequence[TrialResult]) -> tuple[str, str]:
     share = outcomes.count(Label.CONVERGING) / len(trials)
     most = max(set(outcomes), key=lambda o: (outcomes.count(o), o))
     return BLOCKS[max(1, round(share * (len(BLOCKS) - 1)))], COLORS[most]
-
-
-def shown(value: Scalar) -> str:
-    """A recipe's value for people: three digits, null and truth values as in the config."""
-    if value is None:
-        return "null"
-    if isinstance(value, bool):
-        return str(value).lower()
-    return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
 def sparkline(values: Sequence[float], width: int = 16) -> str:

@@ -13,7 +13,8 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from recipefuzz.report.picture import COLORS, outcome, shown
+from recipefuzz.recipe import shown
+from recipefuzz.report.picture import COLORS, outcome
 from recipefuzz.result import Phase, TrialResult
 
 LOG_SECONDS = 10.0  # between lines where there is no terminal; longer as the run gets longer, see `_log`

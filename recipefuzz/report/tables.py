@@ -8,6 +8,7 @@ from pathlib import Path
 import pandas as pd
 
 from recipefuzz.atomic import write_atomically
+from recipefuzz.diagnosis import Diagnosis
 from recipefuzz.ranking import Ranked
 from recipefuzz.report.failures import Bucket
 from recipefuzz.result import TrialResult
@@ -37,6 +38,7 @@ RANKING_COLUMNS = (
     "score",
 )
 FAILURE_COLUMNS = ("cause", "verdict", "trials", "share", "where", "example_trial", "reason")
+DIAGNOSIS_COLUMNS = ("root", "phase", "op", "module", "file", "line", "explanation")  # of the example; then its fix
 ERROR = "error"  # in the verdict column, of a trial that could not be run; its reason says why
 
 
@@ -74,8 +76,19 @@ def ranking_frame(ranking: Sequence[Ranked], axes: Sequence[str]) -> pd.DataFram
 
 def failures_frame(buckets: Sequence[Bucket]) -> pd.DataFrame:
     """One row a bucket of failing trials, the largest first."""
-    rows = [(b.cause, b.verdict, b.trials, round(b.share, 4), b.where, b.example.trial, b.reason) for b in buckets]
-    return pd.DataFrame(rows, columns=list(FAILURE_COLUMNS))
+    rows = [
+        (b.cause, b.verdict, b.trials, round(b.share, 4), b.where, b.example.trial, b.reason)
+        + tuple(getattr(b.diagnosis, name) or None for name in DIAGNOSIS_COLUMNS if b.diagnosis)
+        + ((_fix(b.diagnosis),) if b.diagnosis else (None,) * (len(DIAGNOSIS_COLUMNS) + 1))
+        for b in buckets
+    ]
+    frame = pd.DataFrame(rows, columns=[*FAILURE_COLUMNS, *DIAGNOSIS_COLUMNS, "fix"])
+    return frame.astype({"line": "Int64"})
+
+
+def _fix(found: Diagnosis) -> str | None:
+    """The change of the recipe that was seen to work; what to do about code and data."""
+    return found.fix.change if found.fix else found.advice or None
 
 
 def verdicts_frame(recipes: pd.DataFrame, results: Sequence[TrialResult]) -> pd.DataFrame:

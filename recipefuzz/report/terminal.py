@@ -6,7 +6,7 @@ import io
 import math
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +15,12 @@ from rich.table import Table
 from rich.text import Text
 
 from recipefuzz.config import Config
+from recipefuzz.diagnosis import Diagnosis, Root
+from recipefuzz.peak import Peak
 from recipefuzz.ranking import Ranked
-from recipefuzz.report.failures import buckets
-from recipefuzz.report.picture import picture, shown, sparkline
+from recipefuzz.recipe import shown
+from recipefuzz.report.failures import Bucket, buckets
+from recipefuzz.report.picture import picture, sparkline
 from recipefuzz.result import Phase, TrialResult
 
 TOP = 8
@@ -30,13 +33,28 @@ PLAIN: dict[str, Any] = {
 }  # the user's words, such as [relu], as they are
 
 
-def summary(folder: Path, config: Config, results: Sequence[TrialResult], ranking: Sequence[Ranked]) -> RenderableType:
+def summary(
+    folder: Path,
+    config: Config,
+    results: Sequence[TrialResult],
+    ranking: Sequence[Ranked],
+    diagnoses: Mapping[int, Diagnosis],
+    peak: Peak,
+) -> RenderableType:
     """Everything that is printed at the end of a search."""
     searched = [r for r in results if r.phase is Phase.SEARCH]
     parts: list[RenderableType] = []
     if searched:
         parts += [picture(searched, config.axes), ""]
-    parts += [_verdict_line(ranking), *_top(ranking, config), *_failures(results, config), "", _files(folder)]
+    parts += [
+        _verdict_line(ranking),
+        *_top(ranking, config),
+        *_failures(results, config, diagnoses),
+        "",
+        _files(folder),
+    ]
+    if peak.search:
+        parts.append(Text(f"peak memory: {peak}", style="dim"))
     return Group(*parts)
 
 
@@ -83,8 +101,10 @@ def _overfits(best: Ranked) -> list[RenderableType]:
     return [Text(text, style="yellow")]
 
 
-def _failures(results: Sequence[TrialResult], config: Config) -> list[RenderableType]:
-    found = buckets(results, config.axes)
+def _failures(
+    results: Sequence[TrialResult], config: Config, diagnoses: Mapping[int, Diagnosis]
+) -> list[RenderableType]:
+    found = buckets(results, config.axes, diagnoses)
     if not found:
         return []
     lines: list[RenderableType] = ["", Text("what fails", style="bold")]
@@ -92,10 +112,22 @@ def _failures(results: Sequence[TrialResult], config: Config) -> list[Renderable
         lines += [
             Text(f"  {bucket}"),
             Text(f"      such as trial {bucket.example.trial}: {bucket.reason}", style="dim"),
+            *([Text(f"      fix: {fix}")] if (fix := _fix(bucket)) else []),
         ]
     if len(found) > FAILURES:
         lines.append(Text(f"  and {len(found) - FAILURES} more kinds in failures.csv", style="dim"))
     return lines
+
+
+def _fix(bucket: Bucket) -> str:
+    """What was seen to mend the representative, or what to do about code and data."""
+    found = bucket.diagnosis
+    if found is None or not found.cause:
+        return ""
+    if found.root != Root.RECIPE:
+        return f"no recipe fixes it: {found.advice}" if found.advice else ""
+    fix = found.fix
+    return f"{fix.change} ({fix.converged} of {fix.seeds} seeds converge)" if fix else ""
 
 
 def _files(folder: Path) -> Text:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from recipefuzz.atomic import write_atomically
 from recipefuzz.config import Config
+from recipefuzz.diagnosis import Diagnosis
 from recipefuzz.ranking import Ranked
 from recipefuzz.report.failures import buckets
 from recipefuzz.report.tables import failures_frame, ranking_frame, trials_frame, write_csv
@@ -20,6 +21,7 @@ def write_reports(
     results: Sequence[TrialResult],
     ranking: Sequence[Ranked],
     best: Ranked | None,
+    diagnoses: Mapping[int, Diagnosis],
 ) -> None:
     """Write trials.csv, ranking.csv, failures.csv, and recipe.yaml where there is a winner.
 
@@ -28,7 +30,7 @@ def write_reports(
     """
     write_csv(trials_frame(results, config.axis_names), folder / "trials.csv")
     write_csv(ranking_frame(ranking, config.axis_names), folder / "ranking.csv")
-    write_csv(failures_frame(buckets(results, config.axes)), folder / "failures.csv")
+    write_csv(failures_frame(buckets(results, config.axes, diagnoses)), folder / "failures.csv")
     winner = folder / "recipe.yaml"
     if best is None:
         winner.unlink(missing_ok=True)

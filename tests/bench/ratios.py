@@ -6,7 +6,8 @@
     python tests/bench/ratios.py --only end-to-end --full         # the peer runs all trials, too: an hour
 
 Parts: `end-to-end` (a whole search from a cold start against baseline_optuna.py), `steady` (training alone against
-JAX), `models` (each built-in model, fused against sequential, and what `auto` picks), `search` (what is not training).
+JAX), `models` (each built-in model, fused against sequential, and what `auto` picks), `search` (of a long search, the
+share of wall time that is not training, and its peak memory).
 
 Read the ratio, not the seconds: both sides ran one after the other on the same cores. Other work on the machine
 falsifies it; the load before the run is printed. Of repeats the best counts. A dash is something that was not
@@ -68,7 +69,7 @@ def measured(args: argparse.Namespace) -> Iterator[Row]:
         names = models.QUICK if quick else tuple(case.name for case in models.CASES)
         yield from models.rows(names, rounds=1 if quick else models.ROUNDS)
     if "search" in parts:
-        yield from around.rows(1000 if quick else 10_000, sample=256 if quick else 1024)
+        yield from around.rows(1000 if quick else 10_000)
 
 
 def main() -> int:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import linecache
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from enum import StrEnum
+from pathlib import Path
 from typing import Any
 
 from recipefuzz.recipe import Scalar
@@ -26,14 +27,14 @@ class Fix:
         change: in words, such as "lr 0.3 -> 0.1".
         values: the axes that were changed, with their new values.
         verdict: of the run with the trial's seed.
-        skill: of that run.
+        skill: of that run; None where it has none.
         seeds, converged: runs in all, and how many of them converged.
     """
 
     change: str
     values: Mapping[str, Scalar]
     verdict: str
-    skill: float = math.nan
+    skill: float | None = None
     seeds: int = 1
     converged: int = 0
 
@@ -88,26 +89,26 @@ class Diagnosis:
         """The smallest change that was seen to work on every seed it was run with."""
         return next((f for f in self.fixes if f.works), None)
 
-    def as_json(self, recipe: Mapping[str, Scalar]) -> dict[str, Any]:
-        """Plain values; what is not finite is null.
+    @property
+    def where(self) -> str:
+        """Such as "model.py:31"; the module's name where no line of the user's was being run."""
+        return f"{Path(self.file).name}:{self.line}" if self.file else self.module
+
+    def record(self, recipe: Mapping[str, Scalar]) -> dict[str, Any]:
+        """Plain values for JSON; what is not finite is null.
 
         Args:
             recipe: of the trial; each fix is given as a whole recipe.
         """
-        plain = {k: v for k, v in vars(self).items() if k != "fixes"}
-        plain["source"] = self.source
-        plain["fixes"] = [
-            {
-                "change": f.change,
-                "recipe": dict(recipe) | dict(f.values),
-                "verdict": f.verdict,
-                "skill": f.skill,
-                "seeds": f.seeds,
-                "converged": f.converged,
-            }
-            for f in self.fixes
-        ]
-        return _plain(plain)  # type: ignore[no-any-return]
+        fixes = [vars(f) | {"recipe": dict(recipe) | dict(f.values)} for f in self.fixes]
+        return _plain(vars(self) | {"source": self.source, "fixes": fixes})  # type: ignore[no-any-return]
+
+    @classmethod
+    def from_record(cls, record: Mapping[str, Any]) -> Diagnosis:
+        """The inverse of `record`."""
+        own = {f.name for f in fields(cls)}
+        fixes = tuple(Fix(**{k: v for k, v in f.items() if k != "recipe"}) for f in record["fixes"])
+        return cls(**{k: v for k, v in record.items() if k in own} | {"fixes": fixes, "chain": tuple(record["chain"])})
 
 
 def _plain(value: Any) -> Any:

@@ -1,0 +1,78 @@
+"""A diagnosis for people: what, where, why and what mends it, in about ten lines."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from recipefuzz.diagnosis import Diagnosis, Fix, Root
+from recipefuzz.recipe import Recipe, Scalar, shown
+from recipefuzz.verdict import Label
+
+SHOWN = 3  # changes of the recipe beside the recommended one
+STYLES = {Label.NAN: "bold red", Label.STALLED: "bold yellow", Label.CONVERGING: "bold green"}
+NAMES = {Root.RECIPE: "the recipe", Root.CODE: "a bug in the code", Root.DATA: "the data"}
+
+
+def diagnosed(found: Diagnosis, recipe: Mapping[str, Scalar], seed: int, threshold: str = "") -> RenderableType:
+    """All that `recipefuzz diagnose` prints.
+
+    Args:
+        threshold: from where on the recipe fails, in words; empty where that was not asked.
+    """
+    table = Table.grid(padding=(0, 1))
+    for name, text in _rows(found, threshold):
+        if text:
+            table.add_row("", Text(name, style="dim"), Text(text))
+    table.add_row("", Text("recipe", style="dim"), Text(f"{_told(recipe)}, seed {seed}", style="dim"))
+    return Group(_head(found), table)
+
+
+def _told(recipe: Mapping[str, Scalar]) -> str:
+    """The learning rate, and what is not as it is by default."""
+    usual = Recipe().values()
+    return ", ".join(f"{k} {shown(v)}" for k, v in recipe.items() if k == "lr" or v != usual.get(k))
+
+
+def _head(found: Diagnosis) -> Text:
+    if not found.cause:
+        return Text(f"{found.verdict}: nothing to mend", style=STYLES[Label.CONVERGING])
+    at = f" at step {found.step}" if found.step else ""
+    blame = NAMES.get(Root(found.root), "") if found.root else ""
+    style = STYLES.get(Label(found.verdict), "") if found.verdict else ""
+    return Text(f"{found.verdict}{at}: {found.cause}" + (f", {blame}" if blame else ""), style=style)
+
+
+def _rows(found: Diagnosis, threshold: str) -> list[tuple[str, str]]:
+    where = [found.where, found.phase and f"in the {found.phase}", found.module and f"module {found.module}"]
+    route = " > ".join(step.split(" at ")[0] for step in found.chain)
+    return [
+        ("where", ", ".join(w for w in where if w)),
+        ("line", found.source),
+        ("what", found.explanation),
+        ("way", route if len(found.chain) > 1 else ""),
+        ("from", threshold),
+        *_mended(found),
+    ]
+
+
+def _mended(found: Diagnosis) -> list[tuple[str, str]]:
+    if not found.cause:
+        return []
+    if found.root != Root.RECIPE:
+        return [("fix", f"no recipe fixes it: {found.advice}" if found.advice else "no recipe fixes it")]
+    if found.fix is None:
+        return [("fix", f"none of {len(found.fixes)} changes of the recipe that were run converges on every seed")]
+    others = [f for f in found.fixes if f.works and f is not found.fix][:SHOWN]
+    failed = sum(f.verdict != Label.CONVERGING for f in found.fixes)
+    also = "; ".join(map(_fix, others))
+    tried = f"{failed} of {len(found.fixes)} changes that were run don't help" if failed else ""
+    return [("fix", _fix(found.fix)), ("or", also), ("tried", tried)]
+
+
+def _fix(fix: Fix) -> str:
+    skill = f", skill {fix.skill:.2f}" if fix.skill is not None else ""
+    return f"{fix.change} ({fix.converged} of {fix.seeds} seeds converge{skill})"
