@@ -7,7 +7,8 @@ import math
 from recipefuzz.diagnose.hazards import hazard_of
 from recipefuzz.diagnose.nonfinite import ahead, not_finite, of_data
 from recipefuzz.diagnose.patient import Patient
-from recipefuzz.diagnosis import Diagnosis, Root
+from recipefuzz.diagnose.stalls import stalled
+from recipefuzz.diagnosis import Diagnosis
 from recipefuzz.engines.harmful_rows import harmful_rows
 from recipefuzz.errors import RAISED, RunFailedError, describe_exception
 from recipefuzz.verdict import Label
@@ -31,6 +32,6 @@ def diagnose_trial(patient: Patient) -> Diagnosis:
     if math.isnan(outcome.baseline):
         raise RunFailedError("the trial stays finite, but can't be judged: no constant prediction has a finite loss")
     if outcome.verdict.label is Label.STALLED:
-        return Diagnosis(outcome.verdict.label, Root.RECIPE, outcome.verdict.cause, explanation=outcome.verdict.reason)
+        return stalled(patient, outcome)
     hazard = hazard_of(patient)
     return ahead(hazard, outcome) if hazard else Diagnosis(outcome.verdict.label, explanation=outcome.verdict.reason)
