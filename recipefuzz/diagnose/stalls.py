@@ -162,6 +162,8 @@ def _diagnosis(patient: Patient, reason: str, case: _Case, cause: str, root: Roo
         Label.STALLED,
         root,
         cause,
+        phase="backward" if found.overflow else "",
+        step=found.overflow,
         module=stall_words.layer(cause, found),
         explanation="; ".join(clauses),
         evidence=_evidence(case),

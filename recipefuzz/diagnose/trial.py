@@ -8,17 +8,19 @@ from recipefuzz.diagnose.hazards import hazard_of
 from recipefuzz.diagnose.nonfinite import ahead, not_finite, of_data
 from recipefuzz.diagnose.patient import Patient
 from recipefuzz.diagnose.stalls import stalled
-from recipefuzz.diagnosis import Diagnosis
+from recipefuzz.diagnosis import Diagnosis, Root
 from recipefuzz.engines.harmful_rows import harmful_rows
 from recipefuzz.errors import RAISED, RunFailedError, describe_exception
 from recipefuzz.verdict import Label
+
+UNBOUNDED = "look for a missing minus sign, or a loss of logits where it wants probabilities (nll_loss: log_softmax)"
 
 
 def diagnose_trial(patient: Patient) -> Diagnosis:
     """Train the trial and explain what became of it; data that break every trial are named without.
 
     Raises:
-        RunFailedError: the user's code raised, or its loss has no zero that skill could count from.
+        RunFailedError: the user's code raised.
     """
     if finding := harmful_rows(patient.task, patient.recipe, patient.seed):
         return of_data(patient, finding)
@@ -30,7 +32,8 @@ def diagnose_trial(patient: Patient) -> Diagnosis:
     if outcome.verdict.label is Label.NAN:
         return not_finite(patient, outcome)
     if math.isnan(outcome.baseline):
-        raise RunFailedError("the trial stays finite, but can't be judged: no constant prediction has a finite loss")
+        text = "the trial stays finite, but can't be judged: over constant predictions the loss has no finite minimum"
+        return Diagnosis("", Root.CODE, "unknown", explanation=text, advice=UNBOUNDED)
     if outcome.verdict.label is Label.STALLED:
         return stalled(patient, outcome)
     hazard = hazard_of(patient)
