@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -60,12 +61,12 @@ class Patient:
             job = Job(0, self.recipe, self.seed, whole=True)
             return train(task, job, self.budget, self.device, rows, constant)
 
-    @property
+    @cached_property
     def rows(self) -> Rows:
         """Training rows as the recipe scales them, on the device."""
         return SequentialEngine(self.task, self.budget, self.device).rows_of(self.recipe)[0]
 
-    @property
+    @cached_property
     def applies(self) -> Applies:
         x, y = self.task.train.take(torch.arange(1))
         targets = isinstance(y, Tensor) and y.is_floating_point() and self.task.loss_kind == "mse"
