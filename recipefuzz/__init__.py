@@ -11,21 +11,33 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from recipefuzz.config import load_config
-    from recipefuzz.errors import InputError, RecipefuzzError, RunFailedError
+    from recipefuzz.diagnose.own_loop import watch
+    from recipefuzz.errors import InputError, NonFiniteError, RecipefuzzError, RunFailedError
     from recipefuzz.judging import judge_recipes
     from recipefuzz.searching import search
 
 __version__ = "0.1.0"
 
-__all__ = ["InputError", "RecipefuzzError", "RunFailedError", "judge_recipes", "load_config", "search"]
+__all__ = [
+    "InputError",
+    "NonFiniteError",
+    "RecipefuzzError",
+    "RunFailedError",
+    "judge_recipes",
+    "load_config",
+    "search",
+    "watch",
+]
 
 _HOMES = {
     "InputError": "errors",
+    "NonFiniteError": "errors",
     "RecipefuzzError": "errors",
     "RunFailedError": "errors",
     "judge_recipes": "judging",
     "load_config": "config",
     "search": "searching",
+    "watch": "diagnose.own_loop",
 }
 
 

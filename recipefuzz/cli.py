@@ -12,6 +12,7 @@ import typer
 
 from recipefuzz.atomic import write_atomically
 from recipefuzz.errors import EXIT_BAD_ANSWER, EXIT_RUN_FAILED, InputError, Place, RecipefuzzError
+from recipefuzz.garbage import imports_kept
 
 app = typer.Typer(
     help="Which training recipes are safe, and why the others fail: found by experiment.",
@@ -51,16 +52,17 @@ def search(
     folder: Annotated[Path | None, typer.Option(help="The run's folder, instead of runs/<study>.")] = None,
 ) -> None:
     """Run the study; resume it if it exists. Ends with a ranked table of safe recipes."""
-    from recipefuzz.config import load_config
-    from recipefuzz.engines.pool import warm_up
-    from recipefuzz.report.progress import Progress
-    from recipefuzz.report.terminal import console, summary
+    with imports_kept():
+        from recipefuzz.config import load_config
+        from recipefuzz.engines.pool import warm_up
+        from recipefuzz.report.progress import Progress
+        from recipefuzz.report.terminal import console, summary
+
+        study = load_config(config).but(trials=trials, workers=workers, folder=folder)
+        warm_up()
+        from recipefuzz.searching import search as run_search
 
     out = console()
-    study = load_config(config).but(trials=trials, workers=workers, folder=folder)
-    warm_up()
-    from recipefuzz.searching import search as run_search
-
     progress = Progress(out, study.axes.names)
     try:
         result = run_search(study, fresh=fresh, listener=progress)
@@ -70,7 +72,7 @@ def search(
         raise
     finally:
         progress.close()
-    out.print(summary(result.folder, study, result.results, result.ranked, result.diagnoses))
+    out.print(summary(result.folder, study, result.results, result.ranked, result.diagnoses, result.peak))
     if result.best is None:
         raise typer.Exit(EXIT_BAD_ANSWER)
 
@@ -88,18 +90,20 @@ def run_recipes(
     workers: Annotated[str | None, typer.Option(help="auto, or a number of worker processes.")] = None,
 ) -> None:
     """Judge given recipes: nan, stalled or converging, a row per recipe in the same order."""
-    from recipefuzz.config import load_config
-    from recipefuzz.engines.pool import warm_up
-    from recipefuzz.report.progress import Progress
-    from recipefuzz.report.terminal import console, short_path
+    with imports_kept():
+        from recipefuzz.config import load_config
+        from recipefuzz.engines.pool import warm_up
+        from recipefuzz.report.progress import Progress
+        from recipefuzz.report.terminal import console, short_path
+
+        study = load_config(config).but(workers=workers)
+        if not out.parent.is_dir() or out.resolve() == recipes.resolve():
+            where = "another file in a folder"
+            raise InputError("can't write the verdicts there", place=Place(str(out)), expected=where)
+        warm_up()
+        from recipefuzz.judging import judge_recipes
 
     screen = console()
-    study = load_config(config).but(workers=workers)
-    if not out.parent.is_dir() or out.resolve() == recipes.resolve():
-        raise InputError("can't write the verdicts there", place=Place(str(out)), expected="another file in a folder")
-    warm_up()
-    from recipefuzz.judging import judge_recipes
-
     progress = Progress(screen, study.axes.names)
     try:
         table = judge_recipes(study, recipes, progress, out)
@@ -152,11 +156,11 @@ def report(
     from recipefuzz.run_folder import RunFolder
 
     folder = RunFolder.find(run)
-    config, (results, _) = folder.load_config(), folder.read()
+    config, (results, _, peak) = folder.load_config(), folder.read()
     ranking, winner = rank_run(config, results)
     diagnoses = folder.diagnoses()
     write_reports(folder.path, config, results, ranking, winner, diagnoses)
-    shown = summary(folder.path, config, results, ranking, diagnoses)
+    shown = summary(folder.path, config, results, ranking, diagnoses, peak)
     console().print(shown)
     if svg is not None:
         write_atomically(svg, drawing(shown, f"recipefuzz search {config.study}"))

@@ -15,7 +15,9 @@ from recipefuzz.diagnose.patient import Patient
 from recipefuzz.diagnose.shrink import Shrunk, shrink
 from recipefuzz.diagnose.trial import diagnose_trial
 from recipefuzz.diagnosis import Diagnosis, Root
+from recipefuzz.engines.ahead import of_recipes
 from recipefuzz.engines.job import Engine, Job, Outcome, run
+from recipefuzz.engines.rehearse import try_step
 from recipefuzz.engines.select import open_engine, pick_device
 from recipefuzz.errors import InputError, Place, did_you_mean
 from recipefuzz.ranking import rank
@@ -78,13 +80,14 @@ def diagnose(
         check_value(name, value, Source(), "--set", name)
     stored: list[TrialResult] = []
     if trial is not None:
-        stored, _ = RunFolder.find(str(RunFolder.of(config).path)).read()
+        stored, *_ = RunFolder.find(str(RunFolder.of(config).path)).read()
         recipe = _stored(stored, trial, config)
     else:
         recipe = config.default_recipe()
     recipe = recipe.but(**dict(changes or {}))
     task = resolve(config)
     _check_axes(task, config, changes or {})
+    try_step(task, config, recipe)
     seed = config.trial.seed if seed is None else seed
     with _patient(config, task, recipe, seed) as patient:
         found = diagnose_trial(patient)
@@ -108,7 +111,9 @@ def _patient(config: Config, task: Task, recipe: Recipe, seed: int) -> Iterator[
 
     def run_all(jobs: Sequence[Job]) -> Iterable[Outcome]:
         if not engines:
-            engines.append(open_engine(config, task, lambda _: None, most=len(jobs), recipe=recipe))
+            engines.append(
+                open_engine(config, task, lambda _: None, of_recipes([job.recipe for job in jobs]), recipe=recipe)
+            )
         return run(engines[0], jobs)
 
     try:

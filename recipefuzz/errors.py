@@ -81,6 +81,10 @@ class RunFailedError(RecipefuzzError):
     """The input was good, but the run could not go on: a full disk, a damaged store, a dead worker."""
 
 
+class NonFiniteError(RecipefuzzError):
+    """`recipefuzz.watch`: the loss, a gradient or a parameter is not finite; the optimizer's step was not made."""
+
+
 def shorten(value: object, limit: int = 120) -> str:
     """A value for a message, on one line of at most `limit` characters; empty for None."""
     if value is None:

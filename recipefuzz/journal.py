@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import json
+import math
 import os
 import time
 from collections.abc import Iterable
@@ -27,6 +28,7 @@ except ImportError:  # Windows: no lock, so starting two searches in one folder 
 
 
 LOCK_TRIES = 10
+SYNC_SECONDS = 1.0  # of results that a power cut may take; a sync takes milliseconds, as long as some trials
 ENCODER = json.JSONEncoder(separators=(",", ":"), allow_nan=False)  # json.dumps makes one at every call
 END = "end"  # the key that marks the last entry of a batch
 
@@ -46,9 +48,11 @@ class Journal:
     def __init__(self, path: Path, *, write: bool) -> None:
         self._path = path
         self._pending: list[str] = []
+        self._synced, self._unsynced = -math.inf, False
         self._file = self._open_locked() if write else None
         try:
-            self._logs, self._size = _read(path)
+            self._held, self._size = _read(path)
+            self._read_to = 0, self._size  # the entries that were handed out, and the bytes that were read
             if self._file is not None:
                 self._file.truncate(self._size)
         except BaseException:
@@ -73,20 +77,30 @@ class Journal:
         return file
 
     def read_logs(self, log_number_from: int) -> list[dict[str, Any]]:
-        return self._logs[log_number_from:]
+        """Entries from that one on, the pending ones too. They are on disk alone: of a long study they are many."""
+        if log_number_from < self._read_to[0]:
+            self._held, self._read_to = [], (0, 0)
+        number, offset = self._read_to
+        logs = self._held + self._written_since(offset)
+        self._held, self._read_to = [], (number + len(logs), self._size)
+        return [*logs, *map(json.loads, self._pending)][log_number_from - number :]
+
+    def _written_since(self, offset: int) -> list[dict[str, Any]]:
+        with self._path.open("rb") as file:
+            file.seek(offset)
+            lines = file.read(self._size - offset).splitlines(keepends=True)
+        return _entries(lines) or []
 
     def append_logs(self, logs: Iterable[dict[str, Any]]) -> None:
-        """Add entries; they are on disk after the next `flush`."""
+        """Add entries; the next `flush` writes them."""
         for log in logs:
             self._pending.append(ENCODER.encode(log))
-            self._logs.append(log)
 
     def flush(self, *, sync: bool = True) -> None:
         """Write all entries added since in one piece.
 
-        Args:
-            sync: wait until the disk has them. Without, a kill can't take them any more but a power cut can, until
-                the next flush that waits.
+        No kill can take them then. A power cut can until they are synced: by `close`, or by this, with `sync`, if
+        the last sync was SYNC_SECONDS ago; so fast trials share one, and of slow ones each has its own.
 
         Raises:
             RunFailedError: the disk is full or gone. Nothing of the batch is left in the file.
@@ -100,8 +114,9 @@ class Journal:
             written = 0
             while written < len(data):
                 written += self._file.write(data[written:])
-            if sync:
-                os.fsync(self._file.fileno())
+            self._unsynced = True
+            if sync and time.monotonic() - self._synced >= SYNC_SECONDS:
+                self._sync(self._file)
         except OSError as error:
             with contextlib.suppress(OSError):
                 self._file.truncate(self._size)
@@ -109,9 +124,24 @@ class Journal:
         self._size += len(data)
         self._pending.clear()
 
+    def _sync(self, file: Any) -> None:
+        os.fsync(file.fileno())
+        self._synced, self._unsynced = time.monotonic(), False
+
     def close(self) -> None:
-        if self._file is not None:
-            self._file.close()
+        """Sync what was written, and let go of the file.
+
+        Raises:
+            RunFailedError: the disk is gone.
+        """
+        if self._file is None or self._file.closed:
+            return
+        with self._file as file:
+            try:
+                if self._unsynced:
+                    self._sync(file)
+            except OSError as error:
+                raise _cannot("write", self._path, error) from error
 
 
 def _lock(file: Any) -> None:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from recipefuzz.axes import TAKEN
 from recipefuzz.config import Config
+from recipefuzz.engines.ahead import of_recipes
 from recipefuzz.engines.job import Job, run
 from recipefuzz.engines.rehearse import rehearse
 from recipefuzz.engines.select import open_engine
@@ -101,7 +102,7 @@ def _train(
     config: Config, task: Task, recipes: list[Recipe], listener: Listener, results: dict[int, TrialResult]
 ) -> None:
     """Fill `results` by row, as they finish."""
-    engine = open_engine(config, task, listener.say, most=len(recipes), recipe=recipes[0])
+    engine = open_engine(config, task, listener.say, of_recipes(recipes), recipe=recipes[0])
     listener.begin(Phase.SEARCH, (), len(recipes))
     try:
         for outcome in run(engine, [Job(i, recipe, config.trial.seed) for i, recipe in enumerate(recipes)]):

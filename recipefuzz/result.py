@@ -97,6 +97,7 @@ def result_of(
     if verdict is None:
         return TrialResult(trial, phase, seed, recipe.values(), error=error or "no verdict", seconds=seconds)
     heldout = trace.heldout[-1][1] if trace.heldout else math.nan
+    skill = skill_at_end(trace, baseline)
     return TrialResult(
         trial=trial,
         phase=phase,
@@ -105,8 +106,8 @@ def result_of(
         verdict=verdict.label,
         cause=verdict.cause,
         reason=verdict.reason,
-        skill=_round(skill_at_end(trace, baseline)),
-        score=_round(score(trace, baseline, budget)),
+        skill=_round(skill),
+        score=_round(score(trace, baseline, budget, skill)),
         heldout_skill=_round(below(baseline, heldout, baseline)),
         loss=_round(float(trace.loss[-1])) if trace.steps else math.nan,
         baseline=_round(baseline),
@@ -118,13 +119,17 @@ def result_of(
 
 
 @np.errstate(all="ignore")
-def score(trace: Trace, baseline: float, budget: Budget) -> float:
-    """Area under the skill curve over the short budget, in [0, 1]; see `TrialResult.score`."""
+def score(trace: Trace, baseline: float, budget: Budget, skill: float) -> float:
+    """Area under the skill curve over the short budget, in [0, 1]; see `TrialResult.score`.
+
+    Args:
+        skill: at the end of the run.
+    """
     if trace.first_bad is not None or not trace.steps:
         return 0.0
     loss = trace.loss[: budget.steps]
     skills = np.clip(below(np.full(len(loss), baseline), loss, baseline), 0.0, 1.0)
-    last = min(max(skill_at_end(trace, baseline), 0.0), 1.0)
+    last = min(max(skill, 0.0), 1.0)
     return float((skills.sum() + last * (budget.steps - len(loss))) / budget.steps)
 
 

@@ -15,6 +15,7 @@ from recipefuzz.config import Config, load_config
 from recipefuzz.diagnosis import Diagnosis
 from recipefuzz.errors import InputError, Place, RunFailedError
 from recipefuzz.journal import at_work, is_locked
+from recipefuzz.peak import Peak
 from recipefuzz.result import TrialResult
 from recipefuzz.source import write_yaml
 from recipefuzz.store import Store
@@ -56,11 +57,11 @@ class RunFolder:
             fix=f"runs here: {', '.join(known)}" if known else "recipefuzz search CONFIG makes one",
         )
 
-    def read(self) -> tuple[list[TrialResult], float]:
-        """All finished trials and the time that the search has taken, read while another process may be writing."""
+    def read(self) -> tuple[list[TrialResult], float, Peak]:
+        """All finished trials, the time and the memory that they took, read while another process may be writing."""
         store = Store(self.journal, write=False)
         try:
-            return store.results(), store.seconds()
+            return store.results(), store.seconds(), store.peak()
         finally:
             store.close()
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -19,10 +19,12 @@ from recipefuzz import evidence
 from recipefuzz.config import Config, load_config, parse_config
 from recipefuzz.diagnosing import diagnose_stored
 from recipefuzz.diagnosis import Diagnosis
+from recipefuzz.engines.ahead import Ahead
 from recipefuzz.engines.job import Engine, Job, Outcome
 from recipefuzz.engines.rehearse import rehearse
 from recipefuzz.engines.select import ask_ahead, open_engine, pick_device
 from recipefuzz.errors import InputError, RunFailedError
+from recipefuzz.peak import Peak, megabytes
 from recipefuzz.ranking import Ranked, candidates
 from recipefuzz.recipe import Recipe
 from recipefuzz.report.failures import buckets
@@ -33,7 +35,7 @@ from recipefuzz.result import Phase, TrialResult, result_of
 from recipefuzz.run_folder import RunFolder, fingerprints, identity
 from recipefuzz.sampling import total
 from recipefuzz.source import numbers_as_meant
-from recipefuzz.store import StudySearch
+from recipefuzz.store import Store, StudySearch
 from recipefuzz.targets.resolve import resolve, user_files
 from recipefuzz.targets.task import Task
 from recipefuzz.verdict import Budget
@@ -64,7 +66,7 @@ class Silent:
 
 @dataclass(frozen=True)
 class SearchResult:
-    """All finished trials of a run and the ranking of its recipes.
+    """All finished trials of a run, the ranking of its recipes, and the memory that it took.
 
     Attributes:
         diagnoses: of the trials that represent the most frequent kinds of failure, by their numbers.
@@ -74,6 +76,7 @@ class SearchResult:
     config: Config
     results: tuple[TrialResult, ...]
     diagnoses: Mapping[int, Diagnosis]
+    peak: Peak
 
     @cached_property
     def _ranked(self) -> tuple[list[Ranked], Ranked | None]:
@@ -147,7 +150,7 @@ def search(
 
 def _report(folder: RunFolder, config: Config, study: StudySearch) -> SearchResult:
     """Write the tables of all that is finished."""
-    result = SearchResult(folder.path, config, tuple(study.results), folder.diagnoses())
+    result = SearchResult(folder.path, config, tuple(study.results), folder.diagnoses(), study.peak)
     write_reports(folder.path, config, result.results, result.ranked, result.winner, result.diagnoses)
     return result
 
@@ -166,10 +169,18 @@ def _opened(
     code = fingerprints(user_files(config))
     with (
         contextlib.closing(folder.open(config, code, fresh=fresh)) as store,
-        contextlib.closing(open_engine(config, task, listener.say)) as engine,
+        contextlib.closing(open_engine(config, task, listener.say, _ahead(config, store))) as engine,
     ):
         window = ask_ahead(config, engine)
         yield folder, store.begin(identity(config, code), config.axes, config.search, window), engine
+
+
+def _ahead(config: Config, store: Store) -> Ahead:
+    """The search, and its confirming runs."""
+    confirm = config.search.confirm
+    trials = total(config.search, config.axes) + confirm.top * confirm.seeds
+    seconds = None if config.search.time is None else max(0.0, config.search.time - store.seconds())
+    return Ahead(trials, done=len(store.results()), seconds=seconds)
 
 
 def _explore(config: Config, study: StudySearch, engine: Engine, listener: Listener) -> None:
@@ -188,14 +199,14 @@ def _explore(config: Config, study: StudySearch, engine: Engine, listener: Liste
 def _record(
     config: Config,
     study: StudySearch,
-    outcomes: Iterable[Outcome],
+    outcomes: Sequence[Outcome],
     phase: Phase,
     listener: Listener,
     elapsed: float = 0.0,
 ) -> None:
     """Keep what finished together in one write."""
     results = [to_result(config, outcome, phase) for outcome in outcomes]
-    study.record_all(results, elapsed)
+    study.record_all(results, elapsed, Peak(megabytes(), max(outcome.peak for outcome in outcomes)))
     for result in results:
         listener.finished(result)
 

@@ -36,12 +36,13 @@ from optuna.trial import FrozenTrial, TrialState
 from recipefuzz.config import SearchConfig
 from recipefuzz.errors import InputError, Place
 from recipefuzz.journal import Journal
+from recipefuzz.peak import Peak
 from recipefuzz.recipe import Scalar
 from recipefuzz.result import Phase, TrialResult
 from recipefuzz.sampling import BlockTPE, Seen, at_random, distribution, mixed_seed, objective, sampler, total
 from recipefuzz.space import Space
 
-RESULT, ELAPSED, META, WINDOW = "result", "elapsed", "recipefuzz", "window"
+RESULT, ELAPSED, META, WINDOW, PEAK = "result", "elapsed", "recipefuzz", "window", "peak_memory"
 FINISHED = (TrialState.COMPLETE, TrialState.FAIL)
 WRITER = "recipefuzz"  # in the place of the id that Optuna gives each of its writers
 
@@ -120,6 +121,11 @@ class Store:
         study = self._studies.get(Phase.SEARCH)
         return _elapsed(self._storage.get_all_trials(study._study_id, deepcopy=False)) if study else 0.0  # noqa: SLF001
 
+    def peak(self) -> Peak:
+        """Memory that the run took, over all its restarts."""
+        study = self._studies.get(Phase.SEARCH)
+        return Peak(**study.user_attrs.get(PEAK, {})) if study else Peak()
+
     def close(self) -> None:
         self._journal.close()
 
@@ -147,6 +153,7 @@ class StudySearch:
         self._recorded = {t.number: r for t in trials if (r := _result(t)) is not None}
         self._confirmed = _results(confirming)
         self._seconds = _elapsed(trials)
+        self._peak = Peak(**study.user_attrs.get(PEAK, {}))
         self._unfinished = [
             Asked(t.number, {name: t.params[name] for name in space.names})
             for t in trials[self._told :]
@@ -212,12 +219,17 @@ class StudySearch:
         """Time that the search had taken when its last trial was recorded."""
         return self._seconds
 
+    @property
+    def peak(self) -> Peak:
+        """Memory that the run took, over all its restarts."""
+        return self._peak
+
     def record(self, result: TrialResult, elapsed: float = 0.0) -> None:
-        """Keep a finished trial, and the time that the search has taken by then. On return it is on disk."""
+        """Keep a finished trial, and the time that the search has taken by then. On return no kill can take it."""
         self.record_all((result,), elapsed)
 
-    def record_all(self, results: Iterable[TrialResult], elapsed: float = 0.0) -> None:
-        """`record` for trials that finished together: one write, one sync."""
+    def record_all(self, results: Iterable[TrialResult], elapsed: float = 0.0, peak: Peak | None = None) -> None:
+        """`record` for trials that finished together: one write, one sync; with the memory taken so far."""
         last = None
         for result in results:
             if result.phase is Phase.CONFIRM:
@@ -231,6 +243,9 @@ class StudySearch:
         if last is not None:
             self._seconds = max(self._seconds, round(elapsed, 3))
             self._log.attribute(last, ELAPSED, self._seconds)
+        if peak is not None and (larger := self._peak.over(peak)) != self._peak:
+            self._peak = larger
+            self._log.study_attribute(PEAK, vars(larger))
         self._journal.flush()
 
     def _tell(self, number: int) -> None:
@@ -283,6 +298,9 @@ class _TrialLog:
 
     def attribute(self, trial_id: int, key: str, value: Any) -> None:
         self._add(JournalOperation.SET_TRIAL_USER_ATTR, trial_id=trial_id, user_attr={key: value})
+
+    def study_attribute(self, key: str, value: Any) -> None:
+        self._add(JournalOperation.SET_STUDY_USER_ATTR, study_id=self._study_id, user_attr={key: value})
 
     def constraint(self, trial_id: int, violation: float) -> None:
         attribute = {"constraints:failed": violation}  # what Trial.set_constraint("failed", violation) writes

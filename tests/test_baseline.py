@@ -13,7 +13,7 @@ from torch.utils.data import Dataset, TensorDataset
 
 from recipefuzz.engines.baselines import Baselines
 from recipefuzz.recipe import Recipe
-from recipefuzz.targets.baseline import best_constant
+from recipefuzz.targets.baseline import NoBaselineError, Outputs, best_constant
 from recipefuzz.targets.losses import LOSSES, cross_entropy_last
 from recipefuzz.targets.task import DatasetRows, Task, TensorRows
 
@@ -37,7 +37,7 @@ def task_of(loss, y, *, kind="custom", build=None, train=None):
 
 def constant_of(loss, y, output=None, batch_size=50, **options):
     task = task_of(loss, y, **options)
-    return task, best_constant(task, task.train, batch_size, output)
+    return task, best_constant(task, task.train, batch_size, Outputs(output))
 
 
 def entropy(*shares):
@@ -231,9 +231,31 @@ def test_a_loss_that_does_not_depend_on_the_output():
     assert constant.loss == pytest.approx(float((NUMBERS**2).mean()))
 
 
-def test_a_loss_without_a_minimum_is_finite():
-    _, constant = constant_of(lambda o, y: o.mean() + y.mean(), NUMBERS, torch.zeros(50, 1))
-    assert math.isfinite(constant.loss)
+UNBOUNDED = {
+    "linear": lambda o, y: o.mean() + y.mean(),
+    "a critic's": lambda o, y: (o[:, 0] * (1 - y)).mean(),
+    "of logits, not log-probabilities": lambda o, y: functional.nll_loss(o.expand(-1, 2), (y > 3).long()),
+    "logarithmic": lambda o, y: -functional.softplus(o[:, 0]).log().mean() * y.mean(),
+}
+
+
+@pytest.mark.parametrize("loss", UNBOUNDED.values(), ids=UNBOUNDED)
+def test_a_loss_without_a_lower_bound_has_no_baseline(loss):
+    with pytest.raises(NoBaselineError, match="no lower bound over constant predictions"):
+        constant_of(loss, NUMBERS, torch.zeros(50, 1))
+
+
+BOUNDED = {
+    "at infinity": lambda o, y: functional.softplus(-o[:, 0] * (1 + 0 * y)).mean(),
+    "slowly": lambda o, y: (1 / (1 + (o[:, 0] + 1) ** 2) + 0 * y).mean(),
+    "exponential": lambda o, y: (o[:, 0].exp() + 0 * y).mean(),
+}
+
+
+@pytest.mark.parametrize("loss", BOUNDED.values(), ids=BOUNDED)
+def test_a_loss_that_comes_near_its_bound_only_far_away(loss):
+    _, constant = constant_of(loss, NUMBERS, torch.zeros(50, 1))
+    assert constant.loss < 0.5
 
 
 def test_an_output_that_is_not_one_tensor():
@@ -267,6 +289,95 @@ def test_a_loss_of_one_element():
     task, constant = constant_of(lambda o, y: ((o[:, 0] - y) ** 2).mean()[None], NUMBERS, torch.zeros(50, 1))
     assert constant.loss == pytest.approx(SPREAD, abs=1e-3)
     assert constant.of_targets(task, NUMBERS[:3], 3).shape == ()
+
+
+# --- outputs that obey something whatever the weights: so must the constant
+
+X = torch.tensor(RANDOM.normal(size=(600, 5)), dtype=torch.float32)
+ANCHORS = functional.normalize(torch.tensor(RANDOM.normal(size=(4, 8)), dtype=torch.float32), dim=1)
+
+
+class Unit(nn.Module):
+    def forward(self, x):
+        return functional.normalize(x, dim=1)
+
+
+class Heads(nn.Module):
+    def forward(self, x):
+        return torch.cat([part.softmax(1) for part in x.split(2, dim=1)], dim=1)
+
+
+def own_nll(shares, y):
+    return -shares[torch.arange(len(y)), y].log().mean()
+
+
+def clamped(output, y):
+    """Free of its wall at 0 and 1, the cross-entropy of probabilities has no lower bound above 1."""
+    p = output.squeeze(1)
+    return -(y * p.clamp_min(1e-7).log() + (1 - y) * (1 - p).clamp_min(1e-7).log()).mean()
+
+
+def info_nce(embedded, y):
+    """Pairs of each row with the next: of a constant, every pair is as good as any."""
+    return functional.cross_entropy(embedded @ embedded.roll(1, 0).T / 0.1, torch.arange(len(y)))
+
+
+def agreement(output, y):
+    return -(output[:, 0] * (2 * y - 1)).mean()
+
+
+H_LABELS, H_SEQUENCES, H_BITS = entropy(*frequencies(LABELS)), entropy(*frequencies(SEQUENCES)), entropy(ONE, 1 - ONE)
+OBEYING = {
+    "log-probabilities": (functional.nll_loss, LABELS, [4, nn.LogSoftmax(1)], H_LABELS),
+    "log-probabilities over time": (lambda o, y: functional.nll_loss(o.transpose(1, 2), y), SEQUENCES, [12, nn.Unflatten(1, (3, 4)), nn.LogSoftmax(2)], H_SEQUENCES),
+    "log-probabilities, classes first": (functional.nll_loss, SEQUENCES, [12, nn.Unflatten(1, (4, 3)), nn.LogSoftmax(1)], H_SEQUENCES),
+    "probabilities": (own_nll, LABELS, [4, nn.Softmax(1)], H_LABELS),
+    "divergence": (lambda o, y: functional.kl_div(o, functional.one_hot(y, 4).float(), reduction="batchmean"), LABELS, [4, nn.LogSoftmax(1)], H_LABELS),
+    "sigmoid": (probabilities, BITS[:, 0], [1, nn.Sigmoid()], H_BITS),
+    "sigmoid, torch's loss": (lambda o, y: functional.binary_cross_entropy(o[:, 0], y), BITS[:, 0], [1, nn.Sigmoid()], H_BITS),
+    "sigmoid, clamped": (clamped, BITS[:, 0], [1, nn.Sigmoid()], H_BITS),
+    "tanh": (agreement, BITS[:, 0], [1, nn.Tanh()], -abs(2 * ONE - 1)),
+    "not negative": (lambda o, y: (o[:, 0] + 0 * y).mean(), NUMBERS, [1, nn.ReLU()], 0),
+    "unit vectors": (lambda o, y: -(o * ANCHORS[y]).sum(1).mean(), LABELS, [8, Unit()], -float(ANCHORS[LABELS].mean(0).norm())),
+    "contrastive": (info_nce, LABELS, [8, Unit()], math.log(50)),
+    "mean and log-variance": (gaussian, NUMBERS, [2], MINIMIZED["density"][3]),
+}  # fmt: skip
+
+
+def network(width, *tail):
+    return lambda: nn.Sequential(nn.Linear(5, width), *tail)
+
+
+@pytest.mark.parametrize(("loss", "y", "layers", "expected"), OBEYING.values(), ids=OBEYING)
+def test_the_constant_obeys_what_all_outputs_do(loss, y, layers, expected):
+    task = task_of(loss, y, build=network(*layers), train=TensorRows(X, y))
+    constant = Baselines(task, CPU).of(recipe())
+    assert constant.loss == pytest.approx(expected, abs=2e-3)
+    assert float(constant.of_targets(task, y, 600)) == pytest.approx(expected, abs=2e-3) or loss is info_nce
+
+
+@pytest.mark.parametrize(
+    ("loss", "y", "layers"), [(functional.nll_loss, LABELS, [4]), (agreement, BITS[:, 0], [1]),
+     (lambda o, y: own_nll(o[:, :2], y % 2) + own_nll(o[:, 2:], y % 2), LABELS, [4, Heads()])],
+    ids=["logits", "linear", "two distributions side by side"],
+)  # fmt: skip
+def test_outputs_that_obey_nothing_that_is_known(loss, y, layers):
+    task = task_of(loss, y, build=network(*layers), train=TensorRows(X / 1e3, y))  # small: in [-1, 1] by chance
+    with pytest.raises(NoBaselineError, match="no lower bound"):
+        Baselines(task, CPU).of(recipe())
+
+
+def test_numbers_in_an_interval_by_chance_bind_no_constant():
+    task = task_of(
+        functional.mse_loss, NUMBERS[:, None], build=network(1, nn.Sigmoid()), train=TensorRows(X, NUMBERS[:, None])
+    )
+    assert Baselines(task, CPU).of(recipe()).loss == pytest.approx(SPREAD, abs=1e-3)
+
+
+def test_what_outputs_obey_does_not_depend_on_which_recipe_came_first():
+    task = task_of(functional.nll_loss, LABELS, build=network(4, nn.LogSoftmax(1)), train=TensorRows(X, LABELS))
+    baselines = Baselines(task, CPU)
+    assert baselines.of(recipe(init_scale=1e30)) is baselines.of(recipe())
 
 
 # --- one baseline for all recipes that share it

@@ -224,3 +224,21 @@ def test_verdicts_that_can_not_be_written_are_said_first(out: str) -> None:
 
 def test_version() -> None:
     assert cli("--version")[1].startswith("recipefuzz 0.")
+
+
+def test_what_imports_made_is_exempt_from_collection_and_collecting_goes_on():
+    code = """
+import gc
+from recipefuzz.garbage import imports_kept
+with imports_kept():
+    during = gc.isenabled()
+    import numpy
+print(during, gc.isenabled(), gc.get_freeze_count() > 10_000)
+try:
+    with imports_kept():
+        raise ValueError
+except ValueError:
+    print(gc.isenabled())
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["False", "True", "True", "True"]

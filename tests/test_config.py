@@ -198,7 +198,7 @@ TARGET
 search: {trails: 100}
 ~~~
 FILE:2: search.trails: unknown key 'trails'
-  expected: trials, sampler, seed, time, window, grid_points, confirm, rank_by
+  expected: trials, sampler, seed, time, window, grid_points, confirm, rank_by, diagnose
   fix:      did you mean 'trials'?
 === unknown confirm
 TARGET
@@ -957,6 +957,7 @@ def test_defaults(tmp_path):
             "grid_points": 5,
             "confirm": {"top": 10, "seeds": 5},
             "rank_by": "skill",
+            "diagnose": 3,
         },
         "run": {"device": "auto", "engine": "auto", "workers": "auto", "folder": None},
         "base": str(tmp_path),

@@ -25,9 +25,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import TensorDataset
 
 from recipefuzz.engines import fused, plan, pool, sequential
+from recipefuzz.engines.ahead import Ahead, of_recipes
 from recipefuzz.engines.capture import CannotCaptureError
 from recipefuzz.engines.fused import FusedEngine
-from recipefuzz.engines.job import Job, run
+from recipefuzz.engines.job import Job, once, run
 from recipefuzz.engines.lanes import Lanes
 from recipefuzz.engines.memory import SHARE, STATES, free_memory, lanes_that_fit
 from recipefuzz.engines.not_fusable import NotFusableError
@@ -49,6 +50,7 @@ from recipefuzz.verdict import Budget, Label
 
 CPU = torch.device("cpu")
 SHORT = Budget(6, 0)
+AHEAD = Ahead()
 GENERATOR = torch.Generator().manual_seed(0)
 VECTORS = torch.randn(40, 6, generator=GENERATOR)
 IMAGES = torch.randn(40, 1, 6, 6, generator=GENERATOR)
@@ -869,6 +871,27 @@ def test_an_error_in_training_is_found_alone(monkeypatch):
     assert_alike(found, one_by_one(task, jobs))
     assert sorted(engine._alone.trained) == [0, 1, 2, 3]
     assert engine.load == 0
+    assert list(engine.reasons.values()) == ["a step raised RuntimeError: in a chunk"]
+    monkeypatch.setattr(fused, "probed", None)  # it is not tried again
+    assert [o.error for o in run(engine, jobs[:2])] == ["", ""]
+
+
+@pytest.mark.usefixtures("not_judged")
+def test_why_recipes_are_not_fused_is_said_once_for_each_reason():
+    def build(norm="none"):
+        return {"batch": Branching, "group": Noisy, "layer": Branching}.get(norm, nn.Linear)(6, 3)
+
+    lines = []
+    task = task_of(build, takes_norm=True)
+    engine = FusedEngine(task, SHORT, CPU, Alone(task, SHORT), 8, AHEAD, once(lines.append))
+    norms = ("batch", "none", "group", "layer", "batch", "group")
+    outcomes = list(run(engine, jobs_of(*({"norm": norm} for norm in norms))))
+    assert [o.error for o in outcomes] == [""] * 6
+    assert len(engine.reasons) == 3
+    assert len(lines) == 2
+    branches, draws = sorted(lines, key=lambda line: "random" in line)
+    assert re.match(r"norm=(batch|layer) is trained one by one, not in lanes: .*data-dependent control flow", branches)
+    assert re.match(r"norm=group is trained one by one, not in lanes: .*random", draws)
 
 
 # --- memory
@@ -959,8 +982,8 @@ def build(width=4):
 """
 
 
-def plan_of(config, processes=1):
-    return planned(config, resolve(config), config.default_recipe(), CPU, processes)
+def plan_of(config, ahead=AHEAD):
+    return planned(config, resolve(config), config.default_recipe(), CPU, ahead)
 
 
 def test_fused_is_refused_for_a_model_that_can_not_be(write_study):
@@ -1017,10 +1040,89 @@ def test_no_more_lanes_than_fit(write_study, monkeypatch, fits, lanes):
     assert plan_of(write_study()).lanes == lanes
 
 
+@pytest.mark.parametrize(("most", "expected"), [(40, (32, 32)), (20, (16, 16)), (8, (8, 8)), (5, (4, 4)), (1, (1, 1))])
+def test_lanes_that_lack_memory_when_measured_are_halved(most, expected):
+    tried = []
+
+    def lanes_step(lanes):
+        tried.append(lanes)
+        if lanes > most:
+            raise MemoryError
+        return 1.0
+
+    steps, fits = plan._steps_of_lanes(lanes_step, 64)
+    assert (max(steps), fits) == expected
+    assert sum(lanes > most for lanes in tried) <= 4
+    assert len(tried) == len(set(tried))
+
+
+def test_a_lack_of_memory_in_one_lane_is_no_plan_for_lanes():
+    def lanes_step(_):
+        raise MemoryError
+
+    with pytest.raises(MemoryError):
+        plan._steps_of_lanes(lanes_step, 64)
+
+
+def test_a_plan_for_few_lanes_where_more_lack_memory(write_study, monkeypatch):
+    run_lanes = Lanes.run
+
+    def run(self, steps, order_of):
+        if len(self.lanes) > 5:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        run_lanes(self, steps, order_of)
+
+    monkeypatch.setattr(Lanes, "run", run)
+    monkeypatch.setattr(plan, "WORTH_IT", 1e9)
+    assert plan_of(write_study()).lanes == 4
+
+
+TIMES = plan.Times(alone=1.0, steps={8: 2.0, 16: 3.0, 32: 5.0}, setup=100.0)
+
+
+def test_a_step_of_few_lanes_has_a_fixed_part():
+    """A lane more takes 1/8 here, and a step 1 whatever its lanes."""
+    lanes = [1, 2, 4, 8, 16, 100]
+    assert [TIMES.lane(n) * min(n, 32) for n in lanes] == pytest.approx([1.125, 1.25, 1.5, 2.0, 3.0, 5.0])
+    assert plan.Times(1.0, {8: 2.0}, 0.0).lane(1) == 2.0
+
+
+@pytest.mark.parametrize(
+    ("ahead", "lanes"),
+    [
+        (Ahead(), 32),
+        (Ahead(10_000, 1), 32),
+        (Ahead(1), 32),  # a search: not guessed
+        (Ahead(10_000, 100), 32),
+        (Ahead(64, 16), 32),
+        (Ahead(64, 32), 0),  # two lanes bring 1.6 times, and setting up takes as long as a whole step of both
+        (Ahead(64, 64), 0),
+        (Ahead(3, 1), 32),
+        (Ahead(1, 1), 0),
+    ],
+)
+def test_set_up_must_be_worth_it_for_the_recipes_of_a_structure(ahead, lanes):
+    found = plan.chosen(TIMES, 64, ahead, budget=400)
+    assert found.lanes == lanes
+    if not lanes:
+        assert found.why.startswith(f"{ahead.trials} trials of {ahead.structures} structures, which can't share lanes")
+
+
+def test_what_is_left_counts_those_of_all_processes():
+    assert [Ahead(100, processes=2, done=30).left(n) for n in (0, 10, 35, 50)] == [70, 50, 0, 0]
+
+
+def test_what_is_ahead_of_given_recipes():
+    recipes = [
+        recipe(norm=norm, lr=lr, optimizer=o) for norm in ("batch", "layer") for lr, o in ((1, "sgd"), (2, "momentum"))
+    ]
+    assert of_recipes(recipes) == Ahead(4, 2)
+
+
 def test_the_engine_that_is_opened_says_what_it_is(write_study):
     lines = []
     config = write_study(BRANCHING, "run: {workers: 0}\n")
-    engine = open_engine(config, resolve(config), lines.append)
+    engine = open_engine(config, resolve(config), lines.append, AHEAD)
     assert isinstance(engine, SequentialEngine)
     assert len(lines) == 1
     assert lines[0].startswith("sequential engine, this process on cpu: it can't be fused: ")
@@ -1076,3 +1178,28 @@ def test_a_trial_that_ends_its_worker_costs_itself_alone(write_study, monkeypatc
     assert_alike({job.key: found[job.key] for job in survivors}, expected)
     for job in survivors:
         assert found[job.key].verdict.label == expected[job.key].verdict.label
+
+
+UNFUSABLE_NORM = """
+class Branching(nn.Linear):
+    def forward(self, x):
+        return super().forward(x) if x.sum() > 0 else super().forward(-x)
+
+def build(norm="none", width=4):
+    return (Branching if norm == "group" else nn.Linear)(3, 1)
+"""
+
+
+def test_workers_tell_why_recipes_are_not_fused(write_study):
+    config = write_study(UNFUSABLE_NORM, "trial: {batch_size: 8}\n")
+    lines = []
+    engine = PoolEngine(config, SHORT, ["cpu"] * 2, None, lanes=4, say=lines.append)
+    recipes = [config.recipe_of({"norm": norm, "lr": 0.01}) for norm in ("group", "none") * 8]
+    try:
+        outcomes = list(run(engine, [Job(key, recipe, 0) for key, recipe in enumerate(recipes)]))
+    finally:
+        engine.close()
+    assert len(outcomes) == 16
+    assert all(outcome.verdict for outcome in outcomes)
+    (line,) = lines
+    assert re.match("norm=group.* is trained one by one, not in lanes: .*data-dependent control flow", line)

@@ -18,7 +18,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from recipefuzz.engines import pool, select, worker
+from recipefuzz.engines import pool, processes, select, worker
+from recipefuzz.engines.ahead import Ahead
 from recipefuzz.engines.job import Job, run
 from recipefuzz.engines.pool import PoolEngine, died
 from recipefuzz.engines.sequential import SequentialEngine
@@ -243,14 +244,14 @@ class Jobs:
 
     def __init__(self, jobs):
         self.jobs, self.sent = jobs, []
-        self.messages = iter([0, *(([job], False) for job in jobs)])  # 0 lanes: the sequential engine
+        self.messages = iter([(0, Ahead()), *(([job], False) for job in jobs)])  # 0 lanes: the sequential engine
 
     def poll(self, timeout):
         return timeout is None
 
     def recv(self):
         message = next(self.messages)
-        self.jobs = self.jobs[1:] if message else self.jobs
+        self.jobs = self.jobs[1:] if isinstance(message[0], list) else self.jobs
         return message
 
     def send(self, message):
@@ -267,7 +268,7 @@ def test_a_worker_leaves_when_its_gpu_is_lost(write_study):
         signal.signal(signal.SIGINT, before)
     assert [job.key for job in pipe.jobs] == [3]
     assert pipe.sent[0] == "ready"
-    assert [(outcome.job.key, leaves) for (outcome,), leaves in pipe.sent[1:]] == [(0, False), (1, False), (2, True)]
+    assert [(outcome.job.key, leaves) for (outcome,), leaves, _ in pipe.sent[1:]] == [(0, False), (1, False), (2, True)]
 
 
 CHILDREN = """
@@ -460,7 +461,7 @@ def test_modules_beside_the_config_with_a_name_of_pythons(write_study, tmp_path)
         (folder / f"{name}.py").write_text("raise RuntimeError('the namesake')")
     (tmp_path / "run.py").write_text("from recipefuzz.cli import main\nmain()\n")
     command = [sys.executable, str(tmp_path / "run.py"), "search", "config.yaml"]
-    environment = {name: value for name, value in os.environ.items() if name != pool.SAFE_PATH}
+    environment = {name: value for name, value in os.environ.items() if name != processes.SAFE_PATH}
     done = subprocess.run(
         command, capture_output=True, text=True, check=False, cwd=folder, timeout=120, env=environment
     )
@@ -472,15 +473,15 @@ def test_modules_beside_the_config_with_a_name_of_pythons(write_study, tmp_path)
 @pytest.mark.parametrize("users", [None, "yes"])
 def test_processes_are_started_with_the_configs_folder_last(monkeypatch, tmp_path, users):
     others = sys.path.copy()
-    monkeypatch.delenv(pool.SAFE_PATH, raising=False)
+    monkeypatch.delenv(processes.SAFE_PATH, raising=False)
     if users:
-        monkeypatch.setenv(pool.SAFE_PATH, users)
+        monkeypatch.setenv(processes.SAFE_PATH, users)
     sys.path.insert(0, str(tmp_path))
-    with pool._apart_from_users_code(tmp_path):
+    with processes.apart_from_users_code(tmp_path):
         assert sys.path == [*others, str(tmp_path)]
-        assert os.environ[pool.SAFE_PATH]
+        assert os.environ[processes.SAFE_PATH]
     assert sys.path == [str(tmp_path), *others]
-    assert os.environ.get(pool.SAFE_PATH) == users
+    assert os.environ.get(processes.SAFE_PATH) == users
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ import string
 import time
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 import yaml
@@ -22,6 +23,7 @@ from recipefuzz.atomic import write_atomically
 from recipefuzz.axes import TAKEN
 from recipefuzz.config import Config, load_config, parse_config
 from recipefuzz.errors import InputError, RunFailedError
+from recipefuzz.peak import Peak
 from recipefuzz.ranking import best, rank
 from recipefuzz.recipe import NORMS, Recipe, shown
 from recipefuzz.report import write as write_module
@@ -139,7 +141,7 @@ def cells(path: Path) -> list[list[str]]:
 def reported(folder: Path, found=None, made=None) -> Path:
     found, made = results() if found is None else found, made or config()
     ranking = rank(found, made.search.rank_by)
-    write_reports(folder, made, found, ranking, best(ranking, confirmed=made.search.confirm.top > 0))
+    write_reports(folder, made, found, ranking, best(ranking, confirmed=made.search.confirm.top > 0), {})
     return folder
 
 
@@ -163,10 +165,10 @@ rank,trial,lr,clip_norm,hidden,bias,optimizer,safe,passed,runs,pass_low,pass_hig
 2,4,0.5,1.0,,True,adam,False,0,1,0.0,0.7935,0.5,0.6,300.0,0.95
 """
 FAILURES = """\
-cause,verdict,trials,share,where,example_trial,reason
-exploding_parameters,nan,1,0.2,,1,"not finite, at step 7"
-lr_too_low,stalled,1,0.2,,2,"flat: ""no\"""
-ValueError: bad width (case.py:7),error,1,0.2,,3,ValueError: bad width (case.py:7)
+cause,verdict,trials,share,where,example_trial,reason,root,phase,op,module,file,line,explanation,fix
+exploding_parameters,nan,1,0.2,,1,"not finite, at step 7",,,,,,,,
+lr_too_low,stalled,1,0.2,,2,"flat: ""no\""",,,,,,,,
+ValueError: bad width (case.py:7),error,1,0.2,,3,ValueError: bad width (case.py:7),,,,,,,,
 """
 
 
@@ -310,6 +312,36 @@ def test_region_of_one_axis_is_its_best_cut(inside, outside):
         assert best < 0.25 + 1e-9
 
 
+@pytest.mark.parametrize(
+    ("inside", "outside", "text"),
+    [
+        ([11, 12, 13], [8, 9, 10], "width > 10"),
+        ([8, 9, 10], [11, 12, 13], "width < 11"),
+        ([105, 110, 112], [102, 103, 104], "width > 104"),
+        ([102, 103, 104], [105, 110, 112], "width < 105"),
+        ([800, 900, 999], [100, 200, 300], "width > 550"),
+        ([100, 200, 300], [801, 900, 999], "width < 550"),
+        ([1234567, 1234568, 1234569], [1, 2, 1234566], "width > 1234566"),
+    ],
+)
+def test_region_of_whole_numbers_names_a_whole_number_on_the_right_side(inside, outside, text):
+    space = Space((("width", Range(1, 2_000_000, integer=True)),))
+    assert region([{"width": v} for v in inside], [{"width": v} for v in outside], space) == text
+
+
+@steady
+@given(st.lists(st.floats(1e-5, 10.0), min_size=6, max_size=20, unique=True), st.sampled_from("><"))
+@example([1.0, 1.001, 1.002, 1.003, 1.004, 1.005], ">")
+@example([1.0, *np.nextafter(1.0, [2.0, 0.0]), 2.0, 3.0, 0.5], "<")
+def test_region_of_values_that_a_cut_tells_apart_has_just_those_on_its_side(values, sign):
+    space = Space((("lr", Range(1e-5, 10.0, log=True)),))
+    values = sorted(values, reverse=sign == ">")
+    inside, outside = values[: len(values) // 2], values[len(values) // 2 :]
+    name, found, cut = region([{"lr": v} for v in inside], [{"lr": v} for v in outside], space).split()
+    assert (name, found) == ("lr", sign)
+    assert [v for v in values if (v > float(cut) if sign == ">" else v < float(cut))] == inside
+
+
 def failed(number: int, lr: float, **more) -> TrialResult:
     return TrialResult(
         number, Phase.SEARCH, 0, Recipe(lr=lr).values() | {"width": 1 + number * 7 % 16, "norm": None}, **more
@@ -412,8 +444,9 @@ def test_sparkline_is_a_block_for_each_of_at_most_16_stretches(values):
 
 @pytest.mark.parametrize("found", [[], results()[:3], results()], ids=["empty", "unconfirmed", "all"])
 def test_summary_is_printed_whatever_there_is(tmp_path, found):
-    text = printed(summary(reported(tmp_path, found), config(), found, rank(found)))
+    text = printed(summary(reported(tmp_path, found), config(), found, rank(found), {}, Peak(300, 280)))
     assert "files in " in text
+    assert "peak memory: 300 MB, and 280 MB in a worker at most" in text
     assert ("1 safe recipe" in text) is (len(found) > 5)
     assert ("1 trial: exploding_parameters" in text) is bool(found)
 
@@ -541,7 +574,7 @@ def run(folder: Path, made: Config, found: list[TrialResult], *, held: bool = Fa
     for result in found:
         while result.phase is Phase.SEARCH and result.trial not in waiting:
             waiting += [asked.number for asked in study.refill()]
-        study.record(result, elapsed=2.0 * (result.trial + 1))
+        study.record_all([result], elapsed=2.0 * (result.trial + 1), peak=Peak(300 + result.trial, 290 - result.trial))
     if not held:
         store.close()
     try:
@@ -564,6 +597,7 @@ def test_status_of_a_stopped_run(tmp_path):
         "  search   5 of 6 trials: 2 converging, 1 stalled, 1 nan, 1 error",
         "  confirm  0 of 4 runs: none yet",
         "  speed    0.50 trials/s over 10 s of search",
+        "  memory   at its peak 304 MB, and 290 MB in a worker at most",
         "  best     trial 4: lr 0.5, clip_norm 1, hidden null, bias true; skill 0.500, passed 0/0",
     ]
 

@@ -71,7 +71,7 @@ def test_a_search_finds_confirms_and_ranks(study: dict) -> None:
     pasted = yaml.safe_load((result.folder / "recipe.yaml").read_text())["recipe"]
     assert pasted["lr"] == result.best.lr
     assert sorted(p.name for p in result.folder.iterdir()) == [
-        "config.yaml", "failures.csv", "ranking.csv", "recipe.yaml", "study.journal", "trials.csv",
+        "config.yaml", "diagnoses.json", "failures.csv", "ranking.csv", "recipe.yaml", "study.journal", "trials.csv",
     ]  # fmt: skip
 
 

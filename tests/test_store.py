@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import math
@@ -10,6 +11,7 @@ import random
 import subprocess
 import sys
 import tempfile
+import tracemalloc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,14 +25,19 @@ from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
 
+from recipefuzz import journal
 from recipefuzz.config import SearchConfig, parse_config
 from recipefuzz.errors import InputError, RunFailedError
-from recipefuzz.journal import Journal, is_locked
-from recipefuzz.result import Phase, TrialResult
+from recipefuzz.journal import SYNC_SECONDS, Journal, is_locked
+from recipefuzz.peak import Peak
+from recipefuzz.recipe import Recipe
+from recipefuzz.result import Phase, TrialResult, result_of
 from recipefuzz.run_folder import RunFolder, identity
 from recipefuzz.sampling import BlockTPE, Seen, _Kernels, at_random, distribution, objective, thinned, total
 from recipefuzz.space import Choice, Range, Space
 from recipefuzz.store import Asked, Store, StudySearch
+from recipefuzz.trace import COLUMNS, Trace
+from recipefuzz.verdict import Budget, Label, Verdict
 
 steady = settings(
     derandomize=True,
@@ -547,20 +554,49 @@ class Disk:
         return self.file.fileno()
 
 
+class Syncs(list[int]):
+    """The journal's size at each sync, by a clock that the test sets."""
+
+    def __init__(self, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        super().__init__()
+        self.now = 0.0
+        monkeypatch.setattr(os, "fsync", lambda _: self.append(path.stat().st_size))
+        monkeypatch.setattr(journal, "time", self)
+
+    def monotonic(self) -> float:
+        return self.now
+
+
 def test_what_is_recorded_is_synced(tmp_path, monkeypatch):
+    synced = Syncs(tmp_path / "journal", monkeypatch)
     with opened(tmp_path / "journal", config(2)) as study:
-        asked, synced = study.refill(), []
-        monkeypatch.setattr(os, "fsync", lambda _: synced.append((tmp_path / "journal").stat().st_size))
+        asked = study.refill()
+        del synced[:]
         for trial in asked:
+            synced.now += SYNC_SECONDS
             study.record(outcome(trial))
             assert synced[-1] == (tmp_path / "journal").stat().st_size
         assert len(synced) == 2
 
 
+def test_of_fast_trials_a_power_cut_takes_a_second_and_a_kill_takes_none(tmp_path, monkeypatch):
+    synced = Syncs(tmp_path / "journal", monkeypatch)
+    with opened(tmp_path / "journal", config(100, window=100)) as study:
+        del synced[:]
+        for done, trial in enumerate(study.refill(), start=1):
+            synced.now += SYNC_SECONDS / 16  # exact in binary
+            study.record(outcome(trial))
+            assert len(synced) == done // 16
+            assert len(Store(tmp_path / "journal", write=False).results()) == done
+        study.refill()
+    assert synced[-1] == (tmp_path / "journal").stat().st_size
+
+
 def test_results_recorded_together_are_synced_once_and_what_is_asked_is_not(tmp_path, monkeypatch):
+    synced = Syncs(tmp_path / "journal", monkeypatch)
     with opened(tmp_path / "journal", config(64, window=32)) as study:
-        synced = []
-        monkeypatch.setattr(os, "fsync", lambda _: synced.append((tmp_path / "journal").stat().st_size))
+        synced.now += SYNC_SECONDS
+        del synced[:]
         asked = study.refill()
         assert synced == []
         study.record_all((outcome(trial) for trial in asked), 2.5)
@@ -569,6 +605,89 @@ def test_results_recorded_together_are_synced_once_and_what_is_asked_is_not(tmp_
     reader = Store(tmp_path / "journal", write=False)
     assert same(reader.results(), [outcome(trial) for trial in asked])
     assert reader.seconds() == 2.5
+
+
+def test_peak_memory_is_kept_over_restarts_and_written_where_it_grew(tmp_path):
+    path, sizes = tmp_path / "journal", []
+    for peak in (Peak(300), Peak(200, 250), Peak(200, 100)):
+        with opened(path, config(6, window=2)) as study:
+            study.record_all([outcome(study.refill()[0])], peak=peak)
+            sizes.append(path.read_bytes().count(b"peak_memory"))
+    assert sizes == [1, 2, 2]
+    assert Store(path, write=False).peak() == study.peak == Peak(300, 250)
+    assert (str(Peak(300)), str(Peak(300, 250))) == ("300 MB", "300 MB, and 250 MB in a worker at most")
+
+
+def test_a_trial_takes_under_three_kilobytes_of_memory(tmp_path):
+    """Of its result, whose trace alone is 17 kB, and of what the sampler knows: 10,000 trials take 30 MB at most."""
+    trace = Trace(*np.random.default_rng(0).random((len(COLUMNS), 300)), steps_run=300)
+    used = {}
+    with opened(tmp_path / "journal", config(600, window=100)) as study:
+        tracemalloc.start()
+        try:
+            while asked := study.refill():
+                study.record_all([of_a_long_run(trial, trace) for trial in asked])
+                used[asked[-1].number] = tracemalloc.get_traced_memory()[0]
+        finally:
+            tracemalloc.stop()
+    first, last = min(n for n in used if n >= 200), max(used)
+    assert last == 599
+    assert (used[last] - used[first]) / (last - first) < 3000
+
+
+def of_a_long_run(trial: Asked, trace: Trace) -> TrialResult:
+    verdict = Verdict(
+        Label.STALLED, f"skill {trial.number} after 300 steps, which are {'too few ' * 16}", "unknown", {}
+    )
+    recipe = Recipe.of(trial.values)
+    whose = {"trial": trial.number, "phase": Phase.SEARCH, "seed": 0, "recipe": recipe}
+    return result_of(trace, verdict, 1.0, Budget(300, 4), **whose)
+
+
+def test_megabytes_are_those_of_this_process():
+    code = "from recipefuzz.peak import megabytes; a = megabytes(); b'x' * 2**27; print(a, megabytes())"
+    before, after = map(
+        int, subprocess.run([sys.executable, "-c", code], capture_output=True, check=True).stdout.split()
+    )
+    assert before < 60
+    assert 127 <= after - before <= 140
+
+
+def test_a_disk_that_is_gone_at_the_end_is_an_error_and_lets_go_of_the_file(tmp_path, monkeypatch):
+    store = Store(tmp_path / "journal", write=True)
+    for trial in (study := store.begin(META, SPACE, config(2), 2)).refill():
+        study.record(outcome(trial))
+
+    def broken(_):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(os, "fsync", broken)
+    with pytest.raises(RunFailedError, match="can't write the run's journal: Input/output error"):
+        store.close()
+    assert not is_locked(tmp_path / "journal")
+    assert len(Store(tmp_path / "journal", write=False).results()) == 2
+
+
+def test_journal_keeps_no_entries_in_memory_and_hands_out_each_once(tmp_path):
+    path = tmp_path / "journal"
+    with contextlib.closing(Journal(path, write=True)) as writer:
+        entries = [{"op_code": 0, "number": n} for n in range(10)]
+
+        def numbers(first: int) -> list[int]:
+            return [log["number"] for log in writer.read_logs(first)]
+
+        writer.append_logs(entries[:3])
+        assert numbers(0) == [0, 1, 2]
+        writer.flush()
+        writer.append_logs(entries[3:5])
+        assert numbers(3) == [3, 4]
+        writer.flush()
+        writer.append_logs(entries[5:])
+        assert numbers(4) == [4, 5, 6, 7, 8, 9]
+        writer.flush()
+        assert numbers(10) == []
+        assert numbers(0) == list(range(10))
+        assert not any(isinstance(value, list) and value for value in vars(writer).values())
 
 
 def test_short_writes_are_written_to_their_end(tmp_path, plain):
@@ -619,13 +738,13 @@ def test_full_disk_then_another_process(tmp_path, plain):
 
 
 def test_journal_refuses_what_is_no_json(tmp_path):
-    journal = Journal(tmp_path / "journal", write=True)
+    writer = Journal(tmp_path / "journal", write=True)
     with pytest.raises(ValueError, match="not JSON compliant"):
-        journal.append_logs([{"op_code": 1, "value": math.nan}])
-    journal.flush()
-    journal.close()
+        writer.append_logs([{"op_code": 1, "value": math.nan}])
+    writer.flush()
+    writer.close()
     assert (tmp_path / "journal").read_bytes() == b""
-    assert journal.read_logs(0) == []
+    assert writer.read_logs(0) == []
 
 
 # --- what the sampler is told

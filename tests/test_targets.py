@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import math
 import re
 import sys
 from pathlib import Path
@@ -14,12 +15,13 @@ from torch import nn
 from torch.nn import functional
 from torch.utils.data import Dataset, TensorDataset
 
+from recipefuzz.engines.harmful_rows import harmful_rows
 from recipefuzz.engines.rehearse import rehearse
 from recipefuzz.errors import InputError, Place
 from recipefuzz.targets.imported import load_callable, load_object
 from recipefuzz.targets.losses import LOSSES, class_dim, cross_entropy_last, is_ambiguous
 from recipefuzz.targets.resolve import resolve, user_files
-from recipefuzz.targets.rows import as_rows, check_finite
+from recipefuzz.targets.rows import as_rows, non_finite
 from recipefuzz.targets.scaling import scaled
 from recipefuzz.targets.task import DatasetRows, TensorRows, read_targets, some_rows
 
@@ -332,6 +334,79 @@ def load():
     assert rehearse(task, config) == pytest.approx(float(y.var(correction=0)), rel=1e-5)
 
 
+# --- values that are not finite may be harmless: the model and the loss tell
+
+MASKED = """
+def loss(output, target):
+    kept = target.isfinite()
+    return ((output - target)[kept] ** 2).mean()
+class Masked(nn.Linear):
+    def forward(self, x): return super().forward(x.masked_fill(~x.isfinite(), 0.0))
+def spoiled(*rows, side, value=float("nan"), test=False):
+    def load():
+        x = torch.randn(48, 3, generator=torch.Generator().manual_seed(0))
+        y = x.sum(1, keepdim=True)
+        (x, y)[side][list(rows)] = value
+        return x[:40], y[:40], x[40:], y[40:]
+    return load
+"""
+MASKING, PLAIN = "def build(): return Masked(3, 1)\n", "def build(): return nn.Linear(3, 1)\n"
+UNHEALTHY = "class build(Masked):\n    def forward(self, x): return super().forward(x) / 0 * 0\n"
+BROKEN = "class build(Masked):\n    def forward(self, x): return x.absent\n"
+CHECKING = "class build(nn.Linear):\n    def __init__(self): super().__init__(3, 1)\n    def forward(self, x):\n        if x.isnan().any(): raise ValueError('NaN')\n        return super().forward(x)\n"
+HARM = {
+    # the model, what load() returns, the loss, which side does harm
+    "labels that the loss leaves out": (PLAIN, "5, 7, side=1", "case:loss", None),
+    "labels of every row but one": (PLAIN, "*range(39), side=1", "case:loss", None),
+    "held-out labels that the loss leaves out": (PLAIN, "41, side=1", "case:loss", None),
+    "labels that a built-in loss takes": (PLAIN, "5, side=1", "mse", "y_train"),
+    "held-out labels that a built-in loss takes": (PLAIN, "45, side=1", "mse", "y_test"),
+    "inputs that the model masks": (MASKING, "5, side=0, value=-float('inf')", "mse", None),
+    "inputs of every row, masked": (MASKING, "*range(48), side=0", "case:loss", None),
+    "inputs of every row": (PLAIN, "*range(48), side=0", "case:loss", "x_train"),
+    "inputs that nothing masks": (PLAIN, "5, side=0", "case:loss", "x_train"),
+    "held-out inputs that nothing masks": (PLAIN, "44, side=0, value=float('inf')", "case:loss", "x_test"),
+    "inputs that make the model raise": (CHECKING, "5, side=0", "mse", "x_train"),
+    "a model that is not finite on healthy rows": (UNHEALTHY, "5, side=0", "mse", None),
+    "a model that raises on healthy rows": (BROKEN, "5, side=0", "mse", None),
+}
+
+
+@pytest.mark.parametrize(("model", "spoil", "loss", "expected"), HARM.values(), ids=HARM)
+def test_whether_values_that_are_not_finite_do_harm(write_study, model, spoil, loss, expected):
+    config = write_study(MASKED + model + f"load = spoiled({spoil})\n", loss=loss)
+    before = torch.get_rng_state()
+    task = resolve(config)
+    assert task.non_finite
+    for scale in (1.0, 1e30):  # an overflow of the recipe is none of the data
+        finding = harmful_rows(task, config.default_recipe().but(init_scale=scale), 0)
+        assert (finding.name if finding else None) == expected
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("more", ["", "recipe: {input_norm: standardize, target_norm: minmax}\n"])
+@pytest.mark.parametrize(
+    "spoil", ["5, 7, side=1", "*range(0, 48, 2), side=1", "5, side=0", "41, side=0, value=-float('inf')"]
+)
+def test_harmless_values_leave_baseline_and_step_finite(write_study, spoil, more):
+    config = write_study(MASKED + MASKING + f"load = spoiled({spoil})\n", more, loss="case:loss")
+    task = resolve(config)
+    y = scaled(task.train, task.test, "none", config.default_recipe().target_norm)[0].y
+    expected = float(y[y.isfinite()].var(correction=0))
+    assert rehearse(task, config) == pytest.approx(expected, rel=0.15)  # batches of 64 of 40 rows
+
+
+@pytest.mark.parametrize("how", ["standardize", "minmax"])
+def test_scaling_is_by_the_finite_values(how):
+    x = torch.randn(40, 3, generator=torch.Generator().manual_seed(0))
+    holes = torch.cat([x, torch.full((2, 3), torch.nan)])
+    holes[41, 1], holes[:, 2] = -torch.inf, torch.nan
+    (whole, _), (rows, _) = (scaled(TensorRows(v, v), TensorRows(v, v), how, "none") for v in (x, holes))
+    torch.testing.assert_close(rows.x[:40, :2], whole.x[:, :2])
+    assert torch.equal(rows.x.isfinite(), holes.isfinite())
+    assert rows.x[41, 1] == -torch.inf
+
+
 def test_some_rows_stay_inside_where_float32_counts_in_twos():
     class Rows:
         def __len__(self):
@@ -412,11 +487,13 @@ def load():
     x = torch.zeros(48, 3); y = torch.arange(48.)[:, None]
     {spoil}
     return x[:40], y[:40], x[40:], y[40:]
-def build(): raise RuntimeError("the model was built")
+def build(): return nn.Sequential(nn.Flatten(), nn.LazyLinear(1))
 """
+    config = write_study(code)
+    task = resolve(config)
     problem = f"{name} holds a value that is not finite: {spot}"
     with pytest.raises(InputError, match=rf"{AT_DATA}: {re.escape(problem)}.*counted from 0") as caught:
-        resolve(write_study(code))
+        rehearse(task, config)
     assert f"found:    {count}" in str(caught.value)
     assert "fix:      drop or fill those rows in load()" in str(caught.value)
 
@@ -424,10 +501,22 @@ def build(): raise RuntimeError("the model was built")
 def test_values_of_a_lazy_dataset_that_are_not_finite():
     data = Lazy(5000, lambda i: (torch.tensor([0.0, float("nan") if i in (4500, 4700) else 1.0]), i))
     rows, _ = as_rows((data, data), PLACE)
-    with pytest.raises(InputError, match=r"x_train holds a value that is not finite: row 4500, column 1") as caught:
-        check_finite(rows, "train", PLACE)
-    assert "nan; 2 such values in 2 rows" in str(caught.value)
-    check_finite(as_rows((Lazy(4000, data.make), data), PLACE)[0], "train", PLACE)
+    (found,) = non_finite(rows, "train")
+    error = found.error(PLACE)
+    assert "config.yaml:2: target.data: x_train holds a value that is not finite: row 4500, column 1" in str(error)
+    assert "nan; 2 such values in 2 rows" in str(error)
+    assert (found.rows, found.total_rows, found.column, found.count) == ((4500, 4700), 2, (1,), 2)
+    assert math.isnan(found.value)
+    assert non_finite(as_rows((Lazy(4000, data.make), data), PLACE)[0], "train") == ()
+
+
+def test_a_finding_counts_all_rows_and_names_the_first_thousand():
+    rows = rows_of(np.where(np.arange(200_000) % 2, np.inf, 0.0), np.full((200_000, 2), np.nan))
+    of_x, of_y = non_finite(rows, "test")
+    assert (of_x.name, of_x.row, of_x.column, of_x.value, of_x.count) == ("x_test", 1, (), math.inf, 100_000)
+    assert (of_x.rows, of_x.total_rows) == (tuple(range(1, 2001, 2)), 100_000)
+    assert (of_y.name, of_y.row, of_y.column, of_y.count, of_y.total_rows) == ("y_test", 0, (0,), 400_000, 200_000)
+    assert of_y.rows == tuple(range(1000))
 
 
 # --- models and losses that don't fit: (code, more of the config, loss, place, problem, what else is shown)
@@ -620,7 +709,7 @@ class Counting(DatasetRows):
 
 
 @pytest.mark.parametrize(
-    "check", [lambda r: check_finite(r, "train", PLACE), read_targets, lambda r: scaled(r, r, "minmax", "minmax")]
+    "check", [lambda r: non_finite(r, "train"), read_targets, lambda r: scaled(r, r, "minmax", "minmax")]
 )
 def test_checks_read_a_dataset_in_parts(check):
     data = Lazy(30_000, lambda i: (torch.tensor([float(i)]), float(i)))

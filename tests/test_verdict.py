@@ -91,11 +91,11 @@ def bad(trace: Trace, steps: int, **last: float) -> Trace:
 
 
 NANS = {
-    "loss": ({"loss": np.nan}, "unknown", "the loss is not finite at step 30"),
-    "parameter": ({}, "unknown", "a gradient or a parameter is not finite at step 30"),
+    "loss": ({"loss": np.nan}, "unknown", "the loss is not finite at step 30, all of a sudden"),
+    "parameter": ({}, "unknown", "a gradient or a parameter is not finite at step 30, all of a sudden"),
     "weights grew": ({"loss": np.inf, "param_norm": 1e3}, "exploding_parameters", "grown to 100 times their size"),
-    "gradient burst": ({"grad_norm": 1e6}, "exploding_gradients", "the gradient burst"),
-    "gradient nan": ({"grad_norm": np.nan}, "exploding_gradients", "the gradient burst"),
+    "gradient burst": ({"grad_norm": 1e6}, "exploding_gradients", "the gradient had burst from"),
+    "gradient nan": ({"grad_norm": np.nan}, "unknown", "all of a sudden"),
 }
 
 

@@ -49,7 +49,7 @@ class Health:
         return cls(
             step=trace.first_bad or trace.steps,
             swell=float(sizes[-1]) if trace.steps else 1.0,
-            first_loss=float(trace.loss[0]) if trace.steps else float("nan"),
+            first_loss=float(finite[0]) if len(finite) else float("nan"),
             loss=float(finite[-1]) if len(finite) else float("nan"),
             constant=baseline,
             thrown=float(np.nanmax(ratios)) if len(ratios) else 0.0,

@@ -15,8 +15,26 @@ from recipefuzz.diagnose.replay import Failure, first_failure
 from recipefuzz.diagnose.roots import root_of
 from recipefuzz.diagnosis import Diagnosis, Fix, Root
 from recipefuzz.engines.job import Outcome
-from recipefuzz.targets.task import TensorRows
+from recipefuzz.targets.non_finite import NonFinite
+from recipefuzz.targets.task import Task, only
 from recipefuzz.verdict import Label
+
+
+def of_data(patient: Patient, finding: NonFinite) -> Diagnosis:
+    """Rows that break any recipe, found before training."""
+    trains = finding.name.endswith("_train")
+    text = f"{finding}: {finding.found}"
+    if trains and patient.converges(_without_bad_rows(patient.task)):
+        text += f"; {wording.MENDED[True]}"
+    return Diagnosis(
+        Label.NAN if trains else "",
+        Root.DATA,
+        "data_nonfinite",
+        phase="data",
+        explanation=text,
+        evidence={"name": finding.name, "rows": finding.rows, "column": finding.column, "count": finding.count},
+        advice=wording.ADVICE["data_nonfinite"],
+    )
 
 
 def not_finite(patient: Patient, outcome: Outcome) -> Diagnosis:
@@ -44,7 +62,7 @@ def ahead(failure: Failure, outcome: Outcome) -> Diagnosis:
     cause = cause_of(failure.origin)
     health = Health.of(outcome.trace, outcome.baseline)
     root = Root.DATA if cause == "data_nonfinite" else Root.CODE
-    found = _diagnosis(failure, health, cause if cause != OVERFLOW else "exploding_activations", root, None, ())
+    found = diagnosis_of(failure, health, cause if cause != OVERFLOW else "exploding_activations", root, None, ())
     rows = len(failure.rows)
     text = f"the trial itself converges, but an epoch over all rows meets a batch of {rows} "
     text += f"{'row' if rows == 1 else 'rows'} that is not finite: {found.explanation}"
@@ -64,14 +82,14 @@ def _explained(patient: Patient, failure: Failure, health: Health) -> Diagnosis:
             phase, health, recipe.optimizer, recipe.init_scale, recurrent=failure.recurrent, mended_by=working
         )
     elif cause == "data_nonfinite":
-        mended = _without_bad_rows(patient)
+        mended = patient.converges(_without_bad_rows(patient.task))
     elif failure.origin.event is not None:
         mended = _with_line_mended(patient, failure)
         if not (mended or health.sound) or patient.recipe.precision != "fp32":
             fixes = _recipe_fixes(patient)
     remedied = any(f.verdict == Label.CONVERGING for f in fixes)
     root = root_of(cause, health, mended=mended, remedied=remedied, in_half=patient.recipe.precision != "fp32")
-    return _diagnosis(failure, health, cause, root, mended, fixes if root is Root.RECIPE else ())
+    return diagnosis_of(failure, health, cause, root, mended, fixes if root is Root.RECIPE else ())
 
 
 def _recipe_fixes(patient: Patient) -> tuple[Fix, ...]:
@@ -83,18 +101,12 @@ def _recipe_fixes(patient: Patient) -> tuple[Fix, ...]:
     return (*patient.remedied(remedies.together(patient.recipe, applies)), *fixes)
 
 
-def _without_bad_rows(patient: Patient) -> bool | None:
-    """Whether the same recipe trains on the rows that are finite."""
-    rows = patient.task.train
-    if not isinstance(rows, TensorRows):
-        return None
-    good = torch.tensor([True] * len(rows))
-    for side in (rows.x, rows.y):
-        if side.is_floating_point():
-            good &= torch.isfinite(side).reshape(len(side), -1).all(dim=1)
-    if not good.any():
-        return False
-    return patient.converges(replace(patient.task, train=TensorRows(rows.x[good], rows.y[good])))
+def _without_bad_rows(task: Task) -> Task:
+    """The task with those training rows alone that are finite."""
+    bad = torch.tensor([row for f in task.non_finite if f.name.endswith("_train") for row in f.rows], dtype=torch.long)
+    good = torch.ones(len(task.train), dtype=torch.bool)
+    good[bad] = False
+    return replace(task, train=only(task.train, good.nonzero()[:, 0]))
 
 
 def _with_line_mended(patient: Patient, failure: Failure) -> bool | None:
@@ -108,14 +120,15 @@ def _with_line_mended(patient: Patient, failure: Failure) -> bool | None:
     return converges if mended.used else None
 
 
-def _diagnosis(
+def diagnosis_of(
     failure: Failure,
     health: Health,
     cause: str,
     root: Root,
-    mended: bool | None,
-    fixes: tuple[Fix, ...],
+    mended: bool | None = None,
+    fixes: tuple[Fix, ...] = (),
 ) -> Diagnosis:
+    """A failure in words."""
     origin = failure.origin
     event = origin.event
     spot = event.spot if event else None
@@ -131,8 +144,13 @@ def _diagnosis(
         file=spot.file if spot else "",
         line=spot.line if spot else 0,
         step=failure.step,
-        explanation=f"{wording.happened(origin, cause, failure.step, failure.symptom, failure.rows)}; "
-        f"{wording.health_words(health)}",
+        explanation="; ".join(
+            [
+                wording.happened(origin, cause, failure.step, failure.symptom, failure.rows),
+                wording.health_words(health),
+                *([wording.MENDED[cause == "data_nonfinite"]] if mended else []),
+            ]
+        ),
         evidence={**vars(health), "symptom": failure.symptom, "mended": mended},
         chain=tuple(wording.place(e) for e in origin.chain),
         advice=wording.ADVICE.get(cause, "") if root is not Root.RECIPE else "",

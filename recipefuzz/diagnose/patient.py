@@ -18,7 +18,7 @@ from recipefuzz.engines.job import Job, Outcome
 from recipefuzz.engines.sequential import SequentialEngine, one_thread, train
 from recipefuzz.errors import RAISED
 from recipefuzz.recipe import Recipe
-from recipefuzz.targets.baseline import Constant
+from recipefuzz.targets.baseline import Constant, NoBaselineError
 from recipefuzz.targets.norms import replace_norms
 from recipefuzz.targets.seeding import seeded
 from recipefuzz.targets.task import Rows, Task
@@ -55,7 +55,7 @@ class Patient:
             rows = engine.rows_of(self.recipe)
             try:
                 constant = Baselines(task, self.device).of(self.recipe)
-            except ValueError:
+            except NoBaselineError:
                 constant = Constant(float("nan"))
             job = Job(0, self.recipe, self.seed, whole=True)
             return train(task, job, self.budget, self.device, rows, constant)

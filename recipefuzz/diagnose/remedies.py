@@ -34,7 +34,8 @@ class Remedy:
     def change(self, recipe: Recipe) -> str:
         """In words: "lr 0.3 -> 0.1"."""
         old = recipe.values()
-        return ", ".join(f"{name} {shown(old.get(name))} -> {shown(new)}" for name, new in self.values.items())
+        changed = ((name, old.get(name), new) for name, new in self.values.items() if new != old.get(name))
+        return ", ".join(f"{name} {shown(before)} -> {shown(new)}" for name, before, new in changed)
 
 
 @dataclass(frozen=True)
@@ -65,12 +66,13 @@ def for_stall(recipe: Recipe, applies: Applies, steps: int) -> list[Remedy]:
     """The same, and the reverse directions: a run that does not learn may have too little of anything."""
     found = [Remedy({"lr": recipe.lr * factor}, size) for size, factor in enumerate((*DOWN, 1000.0), start=1)]
     found += [Remedy({"init_scale": recipe.init_scale * factor}, size) for size, factor in enumerate(DOWN, start=1)]
-    if recipe.clip_norm is not None or recipe.clip_value is not None:
-        found.append(Remedy({"clip_norm": None, "clip_value": None}, 1))
+    clips = {name: None for name in ("clip_norm", "clip_value") if recipe.values()[name] is not None}
+    if clips:
+        found.append(Remedy(clips, 1))
     if recipe.weight_decay:
         found.append(Remedy({"weight_decay": 0.0}, 1))
     if recipe.optimizer != "adam":
-        found.append(Remedy({"optimizer": "adam", "lr": 1e-3}, 3))
+        found.append(Remedy({"optimizer": "adam", "lr": 1e-3}, 1 + len(DOWN)))
     return [*found, *for_failure(recipe, applies, steps)]
 
 
@@ -131,10 +133,10 @@ def tried(recipe: Recipe, seed: int, remedies: Sequence[Remedy], run: Runner) ->
         runs = again.get(at, [])
         passed = sum(o.verdict is not None and o.verdict.label is Label.CONVERGING for o in runs)
         fixes[i] = replace(fixes[i], seeds=1 + len(runs), converged=1 + passed)
-    return tuple(sorted(fixes, key=_rank))
+    return tuple(sorted(fixes, key=rank))
 
 
-def _rank(fix: Fix) -> tuple[bool, bool]:
+def rank(fix: Fix) -> tuple[bool, bool]:
     """Those that passed on all seeds, then those that converged at all; else as they were."""
     confirmed = fix.seeds == SEEDS and fix.works
     return not confirmed, fix.verdict != Label.CONVERGING

@@ -19,7 +19,7 @@ from recipefuzz.diagnose.watching import Event, Watch
 from recipefuzz.engines import prepare
 from recipefuzz.engines.sequential import Stepper, flushed_denormals, one_thread, with_own_loss
 from recipefuzz.recipe import Recipe
-from recipefuzz.targets.seeding import seeded
+from recipefuzz.targets.seeding import seeded, undisturbed
 from recipefuzz.targets.task import Rows, Task
 
 
@@ -67,6 +67,19 @@ class Replay:
             self.done += 1
         bad = self.stepper.recorder.take()[:, -1].nonzero()
         return start + int(bad[0]) + 1 if len(bad) else None
+
+    def overshot(self, steps: int) -> int:
+        """Ordinary steps, each followed by its batch's loss once more; how many of them raised it."""
+        raised = 0
+        for batch in self._order.draw(steps, self._rows.index_device):
+            x, y = self._rows.take(batch)
+            before = torch.get_rng_state()
+            loss = self.stepper.step(x, y)
+            self.done += 1
+            with undisturbed(self.device), torch.no_grad(), prepare.autocast(self.recipe, self.device):
+                torch.set_rng_state(before)
+                raised += bool(self.task.loss(self.model(x), y) > loss)
+        return raised
 
     def watched(self) -> Failure | None:
         """The next step, watched; None if all of it that matters is finite."""

@@ -100,9 +100,9 @@ def is_finite(tensor: Tensor) -> bool:
     """Whether every element is: by a sum first, which is cheap; one that overflows is looked at closely."""
     if tensor.is_meta or not (tensor.is_floating_point() or tensor.is_complex()) or not tensor.numel():
         return True
-    values = stored(tensor.detach())  # else torch warns that a number is made of what has a gradient
+    values = stored(tensor.detach())
     values = torch.view_as_real(values) if values.is_complex() else values
-    return math.isfinite(float(values.sum())) or bool(torch.isfinite(values).all())
+    return math.isfinite(values.sum().item()) or bool(torch.isfinite(values).all())
 
 
 def leaves(value: Any) -> Iterator[Any]:

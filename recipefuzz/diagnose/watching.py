@@ -8,6 +8,7 @@ user's line is known without anomaly mode, which keeps a traceback for every nod
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -126,7 +127,7 @@ class Watch(TorchDispatchMode):
         self._modules: list[str] = []
         self._writers: dict[int, list[int]] = {}
         self._kept: list[Tensor] = []  # alive, so that no other tensor gets their memory
-        self._looked_at: dict[int, bool] = {}  # memory that no kept operation wrote, and whether it was finite then
+        self._sound: dict[int, weakref.ref[Tensor]] = {}  # memory that is finite as long as that tensor lives
         self._meant: set[int] = set()  # memory whose infinities were meant
         self._depends = {storage(p) for p in model.parameters()}
         self._forward: dict[int, tuple[Spot, bool]] = {}  # by autograd's number: the operation, whether it was finite
@@ -191,7 +192,6 @@ class Watch(TorchDispatchMode):
         outputs += [t for t in written if all(t is not o for o in outputs)]
         self._follow(outputs, shared, any(key in self._depends for key in shared))
         made = [t for t in outputs if storage(t) not in shared or id(t) in before]
-        self._looked_at |= dict.fromkeys((storage(t) for t in made), True)  # what is not finite in them is kept, below
         bad = {id(t) for t in made if not is_finite(t)}
         if bad:
             call = _Call(func, args, kwargs, before)
@@ -207,15 +207,17 @@ class Watch(TorchDispatchMode):
     def _read(self, tensor: Tensor, old: Tensor) -> _Read:
         key = storage(tensor)
         writers, outside = tuple(self._writers.get(key, ())), self._outside.get(key, "")
-        finite = is_finite(old) if writers else self._was_finite(tensor, key)
+        finite = is_finite(old) if writers else self._is_sound(tensor, key)
         return _Read(old, finite, writers, key in self._meant, key in self._depends, outside)
 
-    def _was_finite(self, tensor: Tensor, key: int) -> bool:
-        """Of memory that nothing in the step wrote something not finite to: looked at once."""
-        if key not in self._looked_at:
-            self._looked_at[key] = is_finite(tensor)
-            self._kept.append(tensor)
-        return self._looked_at[key] or is_finite(tensor)
+    def _is_sound(self, tensor: Tensor, key: int) -> bool:
+        """Of memory that no operation was seen to write something not finite to: looked at once, while it lives."""
+        seen = self._sound.get(key)
+        if seen is not None and seen() is not None:
+            return True
+        if finite := is_finite(tensor):
+            self._sound[key] = weakref.ref(tensor)
+        return finite
 
     def _mark(self, tensor: Tensor, bad: bool) -> None:
         """Follow what wrote the memory of a tensor that the last kept operation made, or another one that is finite."""
@@ -228,6 +230,8 @@ class Watch(TorchDispatchMode):
             self._writers.setdefault(key, []).append(event.index)
             self._kept.append(tensor)
             (self._meant.add if event.meant else self._meant.discard)(key)
+        elif key not in self._writers:
+            self._sound[key] = weakref.ref(tensor)
 
     def _follow(self, outputs: list[Tensor], shared: set[int], depends: bool) -> None:
         """Whether what an operation wrote depends on the parameters; of new memory, nothing that lay there counts."""

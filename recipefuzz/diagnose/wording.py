@@ -29,6 +29,11 @@ ADVICE = {
     "bfloat16",
 }
 
+MENDED = {  # by whether it was the data
+    True: "without those rows the same recipe converges",
+    False: "with this operation kept off its singular point, the same recipe converges",
+}
+
 
 def place(event: Event) -> str:
     """Such as "log at model.py:31 in blocks.0"."""

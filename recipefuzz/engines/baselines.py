@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from recipefuzz.engines import prepare
+from recipefuzz.errors import RAISED
 from recipefuzz.recipe import Recipe
-from recipefuzz.targets.baseline import Constant, best_constant
+from recipefuzz.targets.baseline import Constant, Outputs, best_constant
+from recipefuzz.targets.constraint import equality, interval
 from recipefuzz.targets.seeding import seeded
 from recipefuzz.targets.task import Task, some_rows
+
+OTHER_WEIGHTS = -100.0  # times the initial ones: what stays in an interval under both is made to, more likely than not
 
 
 class Baselines:
@@ -23,33 +28,50 @@ class Baselines:
 
     def __init__(self, task: Task, device: torch.device) -> None:
         self._task, self._device = task, device
-        self._outputs: dict[tuple[Any, ...], Any] = {}
+        self._outputs: dict[tuple[Any, ...], Outputs] = {}
         self._known: dict[tuple[Any, ...], Constant] = {}
 
     def of(self, recipe: Recipe) -> Constant:
         """The constant for a recipe, on the device.
 
         Raises:
-            ValueError: a user's loss gives no finite value for any constant output.
+            NoBaselineError: a user's loss gives no finite value for any constant output, or has no lower bound.
         """
-        output: Any = None
+        outputs = Outputs(None)
         key: tuple[Any, ...] = (recipe.target_norm,)
         if self._task.loss_kind == "custom":
-            output = self._output(recipe)
-            key = (recipe.target_norm, recipe.batch_size, getattr(output, "shape", None))
+            outputs = self._outputs_of(recipe)
+            shape = getattr(outputs.like, "shape", None)
+            key = (recipe.target_norm, recipe.batch_size, shape, outputs.equality, outputs.interval)
         if key not in self._known:
             with seeded(0):
                 train_rows, _ = prepare.rows_for(self._task, recipe)
-                self._known[key] = best_constant(self._task, train_rows, recipe.batch_size, output).to(self._device)
+                self._known[key] = best_constant(self._task, train_rows, recipe.batch_size, outputs).to(self._device)
         return self._known[key]
 
-    def _output(self, recipe: Recipe) -> Any:
-        """What the model gives for a batch; of a tensor only shape and type, without its memory."""
-        key = (recipe.extra, recipe.batch_size)
+    def _outputs_of(self, recipe: Recipe) -> Outputs:
+        """What the model gives for a batch; of a tensor only what is to be known, without its memory.
+
+        It must not depend on which recipe came first, so all that the key leaves out is the default's.
+        """
+        key = (recipe.extra, recipe.batch_size, recipe.norm)
         if key not in self._outputs:
             rows = self._task.train
             with seeded(0), torch.no_grad():
-                model = prepare.build_model(self._task, recipe, torch.device("cpu")).eval()
-                output = model(rows.take(some_rows(rows, recipe.batch_size))[0])
-            self._outputs[key] = output.new_zeros(()).expand(output.shape) if isinstance(output, Tensor) else output
+                model = prepare.build_model(self._task, recipe.but(init_scale=1.0), torch.device("cpu")).eval()
+                x = rows.take(some_rows(rows, recipe.batch_size))[0]
+                self._outputs[key] = _known_of(model, x)
         return self._outputs[key]
+
+
+def _known_of(model: nn.Module, x: Any) -> Outputs:
+    first = model(x)
+    if not isinstance(first, Tensor) or not first.is_floating_point() or not first.numel():
+        return Outputs(first)
+    outputs = [first]
+    for parameter in model.parameters():
+        parameter.mul_(OTHER_WEIGHTS)
+    with contextlib.suppress(*RAISED):  # these may be no weights that the model can have
+        outputs.append(model(x))
+    like = first.new_zeros(()).expand(first.shape)
+    return Outputs(like, equality(first), interval(outputs))

@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 aten = torch.ops.aten
 READS = (aten._local_scalar_dense.default, aten.equal.default, aten.is_nonzero.default)  # noqa: SLF001 - a name of aten's
-Op = Any  # torch._ops.OpOverload
+Op = torch._ops.OpOverload  # noqa: SLF001 - it has no public name
 
 
 class CannotCaptureError(Exception):
@@ -232,7 +232,7 @@ def compiled_source(recording: Recording) -> tuple[str, dict[str, Any]]:
 
     for i, call in enumerate(recording.calls):
         op = ops.setdefault(call.op, f"op{len(ops)}")
-        names[op] = call.op._op  # noqa: SLF001 - its __call__ does nothing else, in Python
+        names[op] = call.op
         arguments = [spelled(a) for a in call.args] + [f"{k}={spelled(v)}" for k, v in call.kwargs.items()]
         outs = ["_" if n is None else f"t{n}" for n in call.outs]
         made = {n for n in call.outs if n is not None and n not in last and n not in kept}
@@ -251,6 +251,8 @@ def compiled_source(recording: Recording) -> tuple[str, dict[str, Any]]:
 def replaying(recording: Recording) -> Callable[[int], Callable[..., tuple[Tensor, ...]]]:
     """`make(lanes)` of `compiled_source`, ready to be called."""
     source, names = compiled_source(recording)
+    # the __call__ of an operation does nothing else than to call this, in Python
+    names = {name: value._op if isinstance(value, Op) else value for name, value in names.items()}  # noqa: SLF001
     exec(compile(source, "<lanes>", "exec"), names)  # noqa: S102 - our own text, of op names and numbers
     make: Callable[[int], Callable[..., tuple[Tensor, ...]]] = names["make"]
     return make

@@ -11,17 +11,20 @@ from __future__ import annotations
 
 import time
 from collections import OrderedDict, deque
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from recipefuzz.engines import prepare
+from recipefuzz.engines import aot, prepare
+from recipefuzz.engines.ahead import Ahead
 from recipefuzz.engines.baselines import Baselines
-from recipefuzz.engines.job import Job, Outcome, structure
+from recipefuzz.engines.compiling import Compiling, Left, least_seconds
+from recipefuzz.engines.job import Job, Outcome, described, structure
 from recipefuzz.engines.lanes import Lane, Lanes
 from recipefuzz.engines.not_fusable import NotFusableError
 from recipefuzz.engines.probe import probed, tensors_of
@@ -42,6 +45,8 @@ from recipefuzz.targets.task import Rows, Task
 from recipefuzz.trace import Floats
 from recipefuzz.verdict import Budget, judge
 
+NOTHING = Ahead()
+LITTLE_LEFT = 1.0  # seconds of work, under which it is not asked whether compiling pays
 KEPT_STARTS = 64  # initial weights that are kept: a search has one set for each structure
 KEPT_PROGRAMS = 32  # of structures that nothing waits for: a width that is searched makes one for each value
 FEW = 3  # jobs of a structure, under which making its program takes longer than training them one by one
@@ -56,6 +61,12 @@ class _Group:
     lanes: Lanes | None = None
     constant: Constant | None = None
     heldout: list[tuple[float, Tensor, Tensor]] = field(default_factory=list)
+    compiling: Compiling | None = None
+    settled: bool = False  # whether it is compiled
+    lane_steps: int = 0  # trained so far, of all lanes together, in so many seconds,
+    seconds: float = 0.0
+    finished: int = 0  # with so many verdicts
+    step_seconds: float = 0.0  # of a lane's step by the recording alone; 0 while it is not known
 
     @property
     def busy(self) -> int:
@@ -71,9 +82,20 @@ class FusedEngine:
     Args:
         alone: trains what can't be fused.
         lanes: of one program at most.
+        ahead: what the search has before it, as far as it is known: whether compiling pays depends on it.
+        note: gets what users are told of a structure: a reason, of which once is enough, and a line that gives it.
     """
 
-    def __init__(self, task: Task, budget: Budget, device: torch.device, alone: SequentialEngine, lanes: int) -> None:
+    def __init__(
+        self,
+        task: Task,
+        budget: Budget,
+        device: torch.device,
+        alone: SequentialEngine,
+        lanes: int,
+        ahead: Ahead = NOTHING,
+        note: Callable[[str, str], None] = lambda *_: None,
+    ) -> None:
         self._task, self._budget = with_own_loss(task, device), budget
         self._device, self.lanes = device, lanes
         self._alone = alone
@@ -83,6 +105,8 @@ class FusedEngine:
         self._heldout: dict[tuple[str, str], list[tuple[float, Tensor, Tensor]]] = {}
         self._starts: OrderedDict[Any, Start] = OrderedDict()
         self._orders: dict[tuple[int, int], _Order] = {}
+        self._ahead, self._begun, self._finished, self._note = ahead, time.monotonic(), 0, note
+        self._cache = aot.cache_folder() if device.type == "cpu" and ahead.trials else None
         self.reasons: dict[Hashable, str] = {}  # why a structure is not fused
 
     def submit(self, job: Job) -> None:
@@ -104,8 +128,13 @@ class FusedEngine:
         return []
 
     def close(self) -> None:
-        self._groups.clear()
+        for key in list(self._groups):
+            self._drop(key)
         self._apart.clear()
+
+    def _drop(self, key: Hashable) -> None:
+        if (compiling := self._groups.pop(key).compiling) is not None:
+            compiling.close()
 
     def advance(self) -> list[Outcome]:
         """Train for one chunk the structure that has most to do; the trials that it decided."""
@@ -122,26 +151,39 @@ class FusedEngine:
             with one_thread(), flushed_denormals():
                 return self._chunk(group)
         except NotFusableError as error:
-            self.reasons[key] = str(error)
+            self._give_up(key, str(error))
         except RAISED as error:
             if is_lack_of_memory(error) and self.lanes > 1:
                 self.lanes = max(1, min(self.lanes, len(group.lanes.lanes) if group.lanes else self.lanes) // 2)
                 self._restart(group)
-                return []
-            if not group.lanes:  # before the first step: it is the structure's, not a recipe's
-                self.reasons[key] = f"its program raised {type(error).__name__}: {error}"
-        self._apart.extend(self._jobs(group))
-        del self._groups[key]
+            elif group.lanes and group.lanes.program.compiled:
+                self._restart(group)
+                group.settled = True
+            else:
+                self._give_up(
+                    key, f"{'a step' if group.lanes else 'its program'} raised {type(error).__name__}: {error}"
+                )
         return []
+
+    def _give_up(self, key: Hashable, reason: str) -> None:
+        """Train a structure's jobs one by one, now and later."""
+        jobs = self._jobs(self._groups[key])
+        self.reasons[key] = reason
+        self._note(reason, f"{described(jobs[0].recipe)} is trained one by one, not in lanes: {reason}")
+        self._apart.extend(jobs)
+        self._drop(key)
 
     def _jobs(self, group: _Group) -> list[Job]:
         running = [lane.job for lane in group.lanes.lanes] if group.lanes else []
         return [*running, *group.waiting]
 
     def _restart(self, group: _Group) -> None:
-        """Jobs begin anew, in fewer lanes."""
+        """Jobs begin anew, with a new program."""
         group.waiting = deque(self._jobs(group))
         group.lanes = None
+        if group.compiling is not None:
+            group.compiling.close()
+        group.compiling, group.settled = None, False
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
 
@@ -152,12 +194,18 @@ class FusedEngine:
             self._open(group)
         assert group.lanes is not None
         self._let_in(group)
+        begun = time.process_time()
         lanes = group.lanes.lanes
         steps = min(self._next_checkpoint(lane.done) - lane.done for lane in lanes)
         group.lanes.run(steps, self._order_of)
         outcomes = self._judge(group, [i for i, lane in enumerate(lanes) if self._at_checkpoint(lane.done)])
         for lane in lanes:
             lane.seconds += (time.perf_counter() - started) / len(lanes)
+        group.seconds += time.process_time() - begun
+        group.lane_steps += steps * len(lanes)
+        group.finished += len(outcomes)
+        self._finished += len(outcomes)
+        self._compile(group)
         return [replace(outcome, seconds=lane.seconds) for lane, outcome in outcomes]
 
     def _next_checkpoint(self, done: int) -> int:
@@ -184,7 +232,43 @@ class FusedEngine:
         """Programs that were not used for longest, and have no jobs, go."""
         idle = [key for key, group in self._groups.items() if not group.busy]
         for key in idle[: max(0, len(idle) - KEPT_PROGRAMS)]:
-            del self._groups[key]
+            self._drop(key)
+
+    def _compile(self, group: _Group) -> None:
+        """Take the structure further on the way to a compiled step, where there is work enough left."""
+        assert group.lanes is not None
+        program, many = group.lanes.program, len(group.lanes.lanes)
+        if self._cache is None or group.settled or not (group.finished and program.recorded and many >= aot.FEWEST):
+            return
+        seconds = self._seconds_left(group)
+        if group.compiling is None and seconds < LITTLE_LEFT:
+            return
+        try:
+            with torch.inference_mode():
+                line = self._advance(group, self._cache, group.lanes.inputs(), seconds)
+        except RAISED as error:  # whatever it is, no trial is worse off
+            group.settled, line = True, f"steps go on uncompiled: {type(error).__name__}: {error}"
+        if line:
+            self._note(line, f"{described(program.recipe)}: {line}")
+
+    def _advance(self, group: _Group, cache: Path, inputs: list[Tensor], seconds: float) -> str:
+        assert group.lanes is not None
+        program, many = group.lanes.program, len(group.lanes.lanes)
+        if group.compiling is None:
+            group.compiling = Compiling(program, inputs, cache, self._ahead.processes)
+            group.step_seconds = least_seconds(program.recorded_step, inputs) / many
+        share = min(1.0, group.step_seconds * group.lane_steps / group.seconds)
+        line = group.compiling.advance(inputs, Left(seconds, share), group.step_seconds * many)
+        group.settled = group.compiling.settled
+        return line
+
+    def _seconds_left(self, group: _Group) -> float:
+        """Of all processes together, if trials go on to be of this structure as often, and to take as long."""
+        ahead = self._ahead
+        seconds = ahead.left(self._finished) * group.seconds / max(1, self._finished)
+        if ahead.seconds is None:
+            return seconds
+        return min(seconds, ahead.processes * max(0.0, self._begun + ahead.seconds - time.monotonic()))
 
     def _heldout_of(self, recipe: Recipe, rows: Rows) -> list[tuple[float, Tensor, Tensor]]:
         """The held-out rows in batches, once for all structures that scale alike."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -12,6 +12,9 @@ from recipefuzz.verdict import Verdict
 
 # optimizers of one family differ in numbers only, see `lane_updates`
 FAMILIES = {"sgd": "sgd", "momentum": "sgd", "adam": "adam", "adamw": "adam", "rmsprop": "rmsprop"}
+
+# axes that are columns of the batched program: recipes of one structure may differ in them
+NUMBERS = ("lr", "init_scale", "clip_norm", "clip_value", "weight_decay", "warmup_steps")
 
 
 @dataclass(frozen=True)
@@ -37,6 +40,7 @@ class Outcome:
     Attributes:
         baseline: loss of the best constant predictor for this recipe's scaling of the targets.
         seconds: time it took where it ran.
+        peak: MB that the worker process that ran it has held at most; 0 where it ran in this process.
     """
 
     job: Job
@@ -45,12 +49,32 @@ class Outcome:
     baseline: float = float("nan")
     error: str = ""
     seconds: float = 0.0
+    peak: int = 0
 
 
 def structure(recipe: Recipe) -> Hashable:
     """What of a recipe decides which operations are launched: lanes of one program are alike in it."""
     family, scaling = FAMILIES[recipe.optimizer], (recipe.input_norm, recipe.target_norm)
     return (recipe.norm, family, recipe.precision, recipe.batch_size, scaling, recipe.extra)
+
+
+def once(say: Callable[[str], None]) -> Callable[[str, str], None]:
+    """`say(line)` as a function of a reason and a line, which says one line for each reason."""
+    known: set[str] = set()
+
+    def note(reason: str, line: str) -> None:
+        if reason not in known:
+            known.add(reason)
+            say(line)
+
+    return note
+
+
+def described(recipe: Recipe) -> str:
+    """What tells a recipe's structure from the default one, in words for the user."""
+    usual = Recipe(batch_size=recipe.batch_size).values()
+    values = {n: v for n, v in recipe.values().items() if n not in NUMBERS and (n not in usual or v != usual[n])}
+    return ", ".join(f"{name}={value}" for name, value in values.items()) or "the default structure"
 
 
 class Engine(Protocol):

@@ -21,7 +21,7 @@ from recipefuzz.engines import prepare
 from recipefuzz.engines.job import FAMILIES, Job
 from recipefuzz.engines.lane_updates import LaneUpdate, with_zeros
 from recipefuzz.engines.loss_scaling import INITIAL, next_scale
-from recipefuzz.engines.program import Program, Start
+from recipefuzz.engines.program import Program, Start, flat_inputs
 from recipefuzz.engines.recorder import with_bad_flag
 from recipefuzz.targets.task import TensorRows
 from recipefuzz.trace import Floats, Trace
@@ -58,7 +58,7 @@ class Lanes:
     """
 
     def __init__(self, program: Program, rows: TensorRows) -> None:
-        self._program, self.rows, self._device = program, rows, program.device
+        self.program, self.rows, self._device = program, rows, program.device
         device, family = program.device, FAMILIES[program.recipe.optimizer]
         self.lanes: list[Lane] = []
         self._flat = self._spare = torch.zeros(0, program.layout.size, device=device)
@@ -84,11 +84,11 @@ class Lanes:
             self._scales = torch.cat([self._scales[index], torch.full((len(new), 1), INITIAL, device=self._device)])
             self._clean = with_zeros(self._clean, index, len(new))
         self._set_clips()
-        self._views = [self._program.layout.views(flat) for flat in (self._flat, self._spare)]
+        self._views = [self.program.layout.views(flat) for flat in (self._flat, self._spare)]
         self._sizes = self._norms(self._flat)
 
     def _scaled(self, start: Start, job: Job) -> tuple[Tensor, list[Tensor]]:
-        scale, cut = job.recipe.init_scale, self._program.layout.scaled
+        scale, cut = job.recipe.init_scale, self.program.layout.scaled
         flat = torch.cat([start.flat[:cut] * scale, start.flat[cut:]])[None]
         return flat, [(tensor * scale if scaled else tensor)[None] for tensor, scaled in start.frozen]
 
@@ -116,7 +116,7 @@ class Lanes:
         rates = rates.to(self._device, non_blocking=True)
         recorded = torch.empty(steps, RECORDED, len(self.lanes), device=self._device)
         # autograd can't use what was made in inference mode
-        with torch.inference_mode(self._program.recorded), torch.no_grad():
+        with torch.inference_mode(self.program.recorded), torch.no_grad():
             for step in range(steps):
                 self._step(index[step], rates[step], recorded[step])
         numbers = with_bad_flag(recorded).cpu().numpy().astype(np.float64)
@@ -124,10 +124,19 @@ class Lanes:
             lane.chunks.append(numbers[:, :, i])
             lane.done += steps
 
+    def inputs(self) -> list[Tensor]:
+        """What a step of the program is given, with the first rows as each lane's batch."""
+        batch = self.program.recipe.batch_size
+        index = torch.arange(batch, device=self.rows.index_device).expand(len(self.lanes), -1) % len(self.rows)
+        return flat_inputs(self._views[0], self._frozen, *self.rows.take(index), self._scale)
+
+    @property
+    def _scale(self) -> Tensor | None:
+        return None if self._scales is None else self._scales[:, 0]
+
     def _step(self, index: Tensor, rate: Tensor, recorded: Tensor) -> None:
         x, y = self.rows.take(index)
-        scale = None if self._scales is None else self._scales[:, 0]
-        losses, *gradients = self._program.step(self._views[0], self._frozen, x, y, scale)
+        losses, *gradients = self.program.step(self._views[0], self._frozen, x, y, self._scale)
         gradient = torch.cat([g.reshape(len(g), -1) for g in gradients], dim=1)
         overflow = None if self._scales is None else self._unscale(gradient)
         norm = vector_norm(gradient, dim=1, keepdim=True)
@@ -150,7 +159,7 @@ class Lanes:
 
     def _norms(self, flat: Tensor) -> tuple[Tensor, Tensor]:
         """L2 norms of the weights and of all parameters, (lanes,) each."""
-        cut = self._program.layout.weights
+        cut = self.program.layout.weights
         weights = vector_norm(flat[:, :cut], dim=1)
         if cut == flat.shape[1]:
             return weights, weights
@@ -178,8 +187,8 @@ class Lanes:
         losses = []
         for start, stop in pairwise([*range(0, len(which), at_once), len(which)]):
             index = torch.tensor(which[start:stop], device=self._device)
-            trained = self._program.layout.views(self._flat[index])
+            trained = self.program.layout.views(self._flat[index])
             frozen = [f[index] for f in self._frozen]
-            found = [self._program.heldout_losses(trained, frozen, x, y) * share for share, x, y in parts]
+            found = [self.program.heldout_losses(trained, frozen, x, y) * share for share, x, y in parts]
             losses += torch.stack(found).sum(0).tolist()
         return losses

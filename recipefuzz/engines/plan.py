@@ -11,22 +11,24 @@ import torch
 
 from recipefuzz.config import Config
 from recipefuzz.engines import prepare
+from recipefuzz.engines.ahead import Ahead
 from recipefuzz.engines.job import Job
 from recipefuzz.engines.lanes import Lanes
 from recipefuzz.engines.memory import lanes_that_fit
 from recipefuzz.engines.not_fusable import NotFusableError
 from recipefuzz.engines.probe import plain_step, probed, tensors_of
 from recipefuzz.engines.program import Start, unscaled_model
-from recipefuzz.engines.sequential import flushed_denormals, one_thread
+from recipefuzz.engines.sequential import flushed_denormals, is_lack_of_memory, one_thread
 from recipefuzz.errors import RAISED, InputError, describe_exception
 from recipefuzz.recipe import Recipe
 from recipefuzz.targets.seeding import seeded
 from recipefuzz.targets.task import Task
 
-TRIED_LANES = (8, 16, 32, 64)
+TRIED_LANES = (8, 16, 32, 64)  # each twice the one before
 BETTER = 0.95  # of the time a lane took before, that more lanes must save to be worth what they cost the sampler
 WORTH_IT = 0.85  # of a sequential step, over which a lane's step is no gain: in a search not all lanes are full
 REPEATS = 3  # the least time counts: other processes only ever add to it
+TYPICAL = 0.5  # of its budget's steps a trial takes: many are decided earlier
 LONG = 2.0  # seconds that the measuring may take; then the best so far is taken
 
 
@@ -46,12 +48,34 @@ class Plan:
         return "fused" if self.lanes else "sequential"
 
 
-def planned(config: Config, task: Task, recipe: Recipe, device: torch.device, processes: int) -> Plan:
+@dataclass(frozen=True)
+class Times:
+    """Seconds that were measured.
+
+    Attributes:
+        alone: of a step of the model alone.
+        steps: of a step of so many lanes.
+        setup: of making a structure's program.
+    """
+
+    alone: float
+    steps: dict[int, float]
+    setup: float
+
+    def lane(self, lanes: float) -> float:
+        """A lane's step among so many: a part of a step takes as long for any number, which few lanes have to bear."""
+        few, *more = sorted(self.steps)
+        if lanes >= few:
+            return min(self.steps[n] / n for n in self.steps if n <= lanes)
+        fixed = max(0.0, 2 * self.steps[few] - self.steps[2 * few]) if 2 * few in more else self.steps[few]
+        return fixed / max(1.0, lanes) + (self.steps[few] - fixed) / few
+
+
+def planned(config: Config, task: Task, recipe: Recipe, device: torch.device, ahead: Ahead) -> Plan:
     """The plan for a config.
 
     Args:
         recipe: that is measured.
-        processes: that will share the machine's memory.
 
     Raises:
         InputError: `engine: fused`, and the model can't be fused.
@@ -60,7 +84,7 @@ def planned(config: Config, task: Task, recipe: Recipe, device: torch.device, pr
         return Plan(0, "as run.engine says")
     try:
         with one_thread(), flushed_denormals(), seeded(config.trial.seed, device):
-            plan = _measured(task, recipe, device, processes)
+            plan = _measured(task, recipe, device, ahead, config.trial.steps)
     except RAISED as error:
         reason = str(error) if isinstance(error, NotFusableError) else describe_exception(error)
         if config.run.engine == "fused":
@@ -75,28 +99,72 @@ def planned(config: Config, task: Task, recipe: Recipe, device: torch.device, pr
     return plan
 
 
-def _measured(task: Task, recipe: Recipe, device: torch.device, processes: int) -> Plan:
+def _measured(task: Task, recipe: Recipe, device: torch.device, ahead: Ahead, budget: int) -> Plan:
     with seeded(0, device):
         rows = tensors_of(prepare.rows_for(task, recipe)[0].to(device))
+    begun = time.perf_counter()
     program = probed(task, recipe, rows, device)
+    setup = time.perf_counter() - begun
     model = unscaled_model(task, recipe, 0, device)
     order = prepare.BatchOrder(len(rows), recipe.batch_size, 0).draw(2, rows.index_device)
     weights = prepare.trainable(model)
     alone = _least(lambda: plain_step(task, recipe, model, weights, *rows.take(order[0])), device)
-    fits = lanes_that_fit(program.bytes_per_lane, program.layout.size, device, processes)
-    best, lanes, started = float("inf"), 0, time.perf_counter()
-    for tried in TRIED_LANES:
-        if tried > max(fits, TRIED_LANES[0]) or time.perf_counter() - started > LONG:
-            break
+
+    def lanes_step(lanes: int) -> float:
         many = Lanes(program, rows)
-        many.replace([], [Job(i, recipe, 0) for i in range(tried)], [Start.of(model)] * tried)
-        each = _least(functools.partial(many.run, len(order), lambda *_: order), device) / len(order) / tried
-        if each > BETTER * best:
+        many.replace([], [Job(i, recipe, 0) for i in range(lanes)], [Start.of(model)] * lanes)
+        return _least(functools.partial(many.run, len(order), lambda *_: order), device) / len(order)
+
+    fits = lanes_that_fit(program.bytes_per_lane, program.layout.size, device, ahead.processes)
+    steps, fits = _steps_of_lanes(lanes_step, fits)
+    return chosen(Times(alone, steps, setup), fits, ahead, budget)
+
+
+def _steps_of_lanes(lanes_step: Callable[[int], float], fits: int) -> tuple[dict[int, float], int]:
+    """Seconds of a step by its lanes, while more are better; and how many fit: fewer, if these ran out of memory."""
+    steps: dict[int, float] = {}
+    started, tried = time.perf_counter(), TRIED_LANES[0]
+    most = max(tried, min(fits, TRIED_LANES[-1]))
+    while tried <= most:
+        try:
+            seconds = lanes_step(tried)
+        except RAISED as error:
+            if not is_lack_of_memory(error) or tried == 1:
+                raise
+            most = fits = tried // 2
+            tried = max(steps, default=0) * 2 or fits
+            continue
+        best = min((s / n for n, s in steps.items()), default=float("inf"))
+        steps[tried] = seconds
+        if seconds / tried > BETTER * best or time.perf_counter() - started > LONG:
             break
-        best, lanes = each, tried
-    gain = f"{alone / best:.1f} times as fast as one by one"
-    if best > WORTH_IT * alone:
+        tried *= 2
+    return steps, fits
+
+
+def chosen(times: Times, fits: int, ahead: Ahead, budget: int) -> Plan:
+    """The faster engine: for full lanes, and for as many recipes of a structure as there are to be.
+
+    Args:
+        fits: lanes at most.
+        budget: steps of a trial, at most.
+    """
+    best, lanes = float("inf"), 0
+    for tried, seconds in times.steps.items():
+        if seconds / tried > BETTER * best:
+            break
+        best, lanes = seconds / tried, tried
+    gain = f"{times.alone / best:.1f} times as fast as one by one"
+    if best > WORTH_IT * times.alone:
         return Plan(0, f"in {lanes} lanes a step would be {gain}")
+    if ahead.structures:
+        each = ahead.trials / ahead.structures
+        filled = times.lane(min(each, lanes)) + times.setup / (each * TYPICAL * budget)
+        if filled > WORTH_IT * times.alone:
+            few = f"{ahead.trials} trials of {ahead.structures} structures"
+            return Plan(
+                0, f"{few}, which can't share lanes, would be {times.alone / filled:.1f} times as fast in lanes"
+            )
     return Plan(min(lanes, fits), f"a step of {lanes} lanes is {gain}")
 
 

@@ -11,10 +11,9 @@ import contextlib
 import multiprocessing
 import os
 import signal
-import sys
 import time
 from collections import deque
-from collections.abc import Hashable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
 from multiprocessing import forkserver, util
 from multiprocessing.connection import Connection, wait
@@ -23,7 +22,9 @@ from pathlib import Path
 from typing import Any
 
 from recipefuzz.config import Config
-from recipefuzz.engines.job import Job, Outcome, structure
+from recipefuzz.engines.ahead import Ahead
+from recipefuzz.engines.job import Job, Outcome, once, structure
+from recipefuzz.engines.processes import SAFE_PATH, apart_from_users_code
 from recipefuzz.errors import RecipefuzzError, RunFailedError
 from recipefuzz.trace import Trace
 from recipefuzz.verdict import Budget
@@ -32,7 +33,6 @@ _METHOD = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods(
 _CONTEXT: Any = multiprocessing.get_context(_METHOD)
 START_SECONDS = 300.0  # importing torch from a busy network file system takes a minute or two
 POLL_SECONDS = 5.0
-SAFE_PATH = "PYTHONSAFEPATH"
 
 
 @dataclass
@@ -53,16 +53,24 @@ class PoolEngine:
         devices: one worker each; "cpu" as often as there are to be workers.
         timeout: seconds a trial may take before its worker is killed; None for no limit.
         lanes: of the fused engine in each worker; 0 for the sequential engine; None if `use` is to tell.
+        say: gets what users are told of the training, a line for each reason; called in `collect`.
     """
 
     def __init__(
-        self, config: Config, budget: Budget, devices: list[str], timeout: float | None, lanes: int | None = 0
+        self,
+        config: Config,
+        budget: Budget,
+        devices: list[str],
+        timeout: float | None,
+        lanes: int | None = 0,
+        say: Callable[[str], None] = lambda _: None,
     ) -> None:
         self._config, self._budget, self._timeout = config, budget, timeout
         warm_up(config.folder)
         self._devices = devices
-        self.lanes = lanes or 0
+        self.lanes, self._ahead = lanes or 0, Ahead()
         self._told = lanes is not None
+        self._note = once(say)
         self._waiting: dict[Hashable, deque[Job]] = {}
         self._suspects: deque[Job] = deque()
         self._workers: dict[int, _Worker] = {}
@@ -72,15 +80,15 @@ class PoolEngine:
         for slot in range(len(devices)):
             self._workers[slot] = self._start(slot)
 
-    def use(self, lanes: int) -> None:
+    def use(self, lanes: int, ahead: Ahead) -> None:
         """Train with the fused engine in so many lanes a worker, or with the sequential engine (0).
 
         Workers start before it is known: they take as long to start as the measuring that tells it.
         """
-        self.lanes, self._told = lanes, True
+        self.lanes, self._ahead, self._told = lanes, ahead, True
         for worker in self._workers.values():
             with contextlib.suppress(OSError):
-                worker.pipe.send(lanes)
+                worker.pipe.send((lanes, ahead))
 
     @property
     def _room(self) -> int:
@@ -92,11 +100,11 @@ class PoolEngine:
         arguments = (theirs, self._config, self._budget, self._devices[slot], os.environ.get(SAFE_PATH))
         # not a daemon: those may have no children, and the user's DataLoader has
         process = _CONTEXT.Process(target=_enter, args=arguments, daemon=False)
-        with _apart_from_users_code(self._config.folder):
+        with apart_from_users_code(self._config.folder):
             process.start()
         theirs.close()
         if self._told:
-            ours.send(self.lanes)
+            ours.send((self.lanes, self._ahead))
         return _Worker(process, ours, since=time.monotonic())
 
     def submit(self, job: Job) -> None:
@@ -186,7 +194,11 @@ class PoolEngine:
         if not worker.ready:
             worker.ready = True
             return []
-        outcomes, leaves = message
+        outcomes, leaves, notes = message
+        for reason, line in notes:
+            self._note(reason, line)
+        if not (outcomes or leaves):
+            return []
         for outcome in outcomes:
             del worker.jobs[outcome.job.key, outcome.job.seed]
         worker.alone, worker.since = False, time.monotonic()
@@ -249,33 +261,9 @@ def warm_up(folder: Path | None = None) -> None:
         folder: the config's, if it may be on `sys.path` already.
     """
     if _METHOD == "forkserver":
-        _CONTEXT.set_forkserver_preload(["recipefuzz.engines.worker"])
-        with _apart_from_users_code(folder):
+        _CONTEXT.set_forkserver_preload(["recipefuzz.engines.preload"])
+        with apart_from_users_code(folder):
             forkserver.ensure_running()
-
-
-@contextlib.contextmanager
-def _apart_from_users_code(folder: Path | None) -> Iterator[None]:
-    """Start processes without running the user's script again in each of them, or a `random.py` beside the config.
-
-    Workers need nothing of `__main__`; multiprocessing would import it, and a script that calls
-    `recipefuzz.search` without an `if __name__ == "__main__"` would search within its own workers. Of `sys.path` they
-    get the config's folder last, and the working directory not at all, which `python -c` would put first: the folder
-    comes first only when the target is imported.
-    """
-    path, safe = sys.path.copy(), os.environ.get(SAFE_PATH)
-    main = sys.modules["__main__"]
-    saved: dict[str, Any] = {n: main.__dict__.pop(n) for n in ("__file__", "__spec__") if n in main.__dict__}
-    main.__spec__ = None
-    sys.path.sort(key=lambda p: p == str(folder))
-    os.environ[SAFE_PATH] = safe or "1"
-    try:
-        yield
-    finally:
-        sys.path[:] = path
-        if safe is None:
-            del os.environ[SAFE_PATH]
-        main.__dict__.update(saved)
 
 
 def cores() -> int:

@@ -87,11 +87,16 @@ def plain_step(
     return [loss.detach().reshape(()), *gradients]
 
 
+def tolerance(recipe: Recipe) -> float:
+    """What two ways to compute the same may differ by, relative to the largest number."""
+    return TOLERANCE if recipe.precision == "fp32" else HALF_TOLERANCE
+
+
 def _compare(lane: list[Tensor], alone: list[Tensor], recipe: Recipe) -> None:
-    tolerance = TOLERANCE if recipe.precision == "fp32" else HALF_TOLERANCE
+    allowed = tolerance(recipe)
     largest = max((float(a.abs().max()) for a in alone if a.numel()), default=0.0)
     for mine, own in zip(lane, alone, strict=True):
-        if not torch.allclose(mine.float(), own.float(), tolerance, tolerance * largest, equal_nan=True):
+        if not torch.allclose(mine.float(), own.float(), allowed, allowed * largest, equal_nan=True):
             raise NotFusableError("in lanes it computes something else than alone: does it keep a state in Python?")
 
 

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
 from recipefuzz.engines import prepare
-from recipefuzz.engines.capture import bytes_per_lane, linear_in_lanes, record, replaying
+from recipefuzz.engines.aot import FEWEST, Step
+from recipefuzz.engines.capture import Recording, bytes_per_lane, linear_in_lanes, record, replaying
 from recipefuzz.engines.lanewise import LanewiseForms
 from recipefuzz.engines.not_fusable import NotFusableError
 from recipefuzz.engines.simplify import simplified
@@ -81,6 +82,13 @@ class Start:
         return cls(flat, tuple((t.clone(), n in scaled) for n, t in frozen_tensors(model).items()))
 
 
+def flat_inputs(
+    trained: Sequence[Tensor], frozen: Sequence[Tensor], x: Tensor, y: Tensor, scale: Tensor | None
+) -> list[Tensor]:
+    """The arguments of a recording; a compiled one relies on the strides that it was built for."""
+    return [*trained, *frozen, x.contiguous(), y.contiguous(), *([] if scale is None else [scale])]
+
+
 class Program:
     """Losses and gradients of many lanes at once.
 
@@ -101,6 +109,8 @@ class Program:
             raise NotFusableError(f"its parameters have several dtypes: {', '.join(map(str, self.layout.dtypes))}")
         self.unused: list[int] = []  # parameters that the loss does not depend on
         self.bytes_per_lane = 0  # known once it is captured
+        self.recording: Recording | None = None
+        self.compiled: Step | None = None  # in the recording's place, for two lanes or more
         self._make: Callable[[int], Callable[..., tuple[Tensor, ...]]] | None = None
         self._replays: dict[int, Callable[..., tuple[Tensor, ...]]] = {}
 
@@ -142,9 +152,9 @@ class Program:
             tensors = [trained[:lanes].clone(), *(f[:lanes].clone() for f in frozen), x[:lanes], y[:lanes]]
             inputs = [*self.layout.views(tensors[0]), *tensors[1:], *([] if scale is None else [scale[:lanes]])]
             recordings.append(record(self._flat_call, inputs))
-        recording = simplified(linear_in_lanes(recordings[0], recordings[1], CAPTURED_AT), self.device)
-        self.bytes_per_lane = bytes_per_lane(recording)
-        self._make = replaying(recording)
+        self.recording = simplified(linear_in_lanes(recordings[0], recordings[1], CAPTURED_AT), self.device)
+        self.bytes_per_lane = bytes_per_lane(self.recording)
+        self._make = replaying(self.recording)
         self._replays.clear()
 
     def _flat_call(self, *tensors: Tensor) -> tuple[Tensor, ...]:
@@ -155,7 +165,7 @@ class Program:
 
     @property
     def recorded(self) -> bool:
-        return self._make is not None
+        return self.recording is not None
 
     def used(self) -> Tensor | None:
         """1 for parameters that the loss depends on, 0 for others, (size,); None where it depends on all."""
@@ -167,14 +177,20 @@ class Program:
 
     def step(
         self, trained: Sequence[Tensor], frozen: Sequence[Tensor], x: Tensor, y: Tensor, scale: Tensor | None
-    ) -> tuple[Tensor, ...]:
-        """As `losses_and_gradients`, by the recording if there is one."""
-        if self._make is None:
+    ) -> Sequence[Tensor]:
+        """As `losses_and_gradients`, by the compiled recording or the recording if there is one."""
+        if self.recording is None:
             return self.losses_and_gradients(trained, frozen, x, y, scale)
-        lanes = len(x)
+        inputs = flat_inputs(trained, frozen, x, y, scale)
+        return self.recorded_step(inputs) if self.compiled is None or len(x) < FEWEST else self.compiled(inputs)
+
+    def recorded_step(self, inputs: Sequence[Tensor]) -> Sequence[Tensor]:
+        """As `step`, by the recording, from `flat_inputs`."""
+        assert self._make is not None
+        lanes = len(inputs[0])
         if lanes not in self._replays:
             self._replays[lanes] = self._make(lanes)
-        return self._replays[lanes](*trained, *frozen, x, y, *([] if scale is None else [scale]))
+        return self._replays[lanes](*inputs)
 
     def heldout_losses(self, trained: Sequence[Tensor], frozen: Sequence[Tensor], x: Tensor, y: Tensor) -> Tensor:
         """Loss of each lane in eval mode and fp32 on the same rows, (lanes,)."""

@@ -1,6 +1,7 @@
 """One step of the default recipe before the search starts: what is wrong with the user's code is said once, at once.
 
-Then a forward pass with each other choice of the axes whose choices can fail by themselves.
+Before it, whether values of the data that are not finite do harm; after it, a forward pass with each other choice of
+the axes whose choices can fail by themselves.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from recipefuzz.config import Config
 from recipefuzz.engines import prepare
 from recipefuzz.engines.baselines import Baselines
+from recipefuzz.engines.harmful_rows import harmful_rows
 from recipefuzz.errors import PACKAGE, RAISED, InputError, Place, RecipefuzzError, did_you_mean, user_traceback
 from recipefuzz.recipe import AXES, Recipe
 from recipefuzz.space import Choice
@@ -34,19 +36,35 @@ SCALING_FIX = "leave it at none: only numbers can be scaled, and token ids and c
 
 
 def rehearse(task: Task, config: Config, recipe: Recipe | None = None) -> float:
-    """Build, forward, loss, backward on the CPU; the recipe's baseline. By default the default recipe.
+    """Try a step and find the recipe's baseline, which is returned. By default the default recipe.
+
+    Raises:
+        InputError: as `try_step`; rows whose values are not finite and do harm; a loss that has no baseline; without
+            a `recipe`, also a choice of the space that raises.
+    """
+    chosen = recipe or config.default_recipe()
+    if finding := harmful_rows(task, chosen, config.trial.seed):
+        raise finding.error(config.source.place("target", "data"))
+    try_step(task, config, chosen)
+    if recipe is None:
+        _try_choices(task, config, chosen)
+    what = "finding the best constant prediction"
+    return _guarded(lambda: Baselines(task, CPU).of(chosen).loss, config, "target.loss", what)
+
+
+def try_step(task: Task, config: Config, recipe: Recipe) -> None:
+    """Build, forward, loss, backward on the CPU. Nothing need be finite, nor have a baseline.
 
     Raises:
         InputError: an axis that nothing takes, a model or loss that raises or gives something else than
             a tensor and a scalar, a model that is not fresh, labels outside the model's classes, no parameters
-            to train; without a `recipe`, also a choice of the space that raises.
+            to train.
     """
-    chosen = recipe or config.default_recipe()
-    _check_axes(task, config, chosen)
+    _check_axes(task, config, recipe)
     with seeded(config.trial.seed):
-        train, test = _guarded(lambda: _scaled_rows(task, config, chosen), config, "target.data", "scaling the data")
-        model = _fresh_model(task, config, chosen)
-        x, y = train.take(some_rows(train, min(chosen.batch_size, ROWS)))
+        train, test = _guarded(lambda: _scaled_rows(task, config, recipe), config, "target.data", "scaling the data")
+        model = _fresh_model(task, config, recipe)
+        x, y = train.take(some_rows(train, min(recipe.batch_size, ROWS)))
         output = _guarded(lambda: model(x), config, "target.model", f"the model, given x of shape {_shape(x)},")
         check_output(task, output, y, *(config.source.place("target", key) for key in ("model", "loss")))
         what = f"the loss, given output of shape {_shape(output)} and target of shape {_shape(y)},"
@@ -54,10 +72,6 @@ def rehearse(task: Task, config: Config, recipe: Recipe | None = None) -> float:
         _check_loss(loss, config)
         _guarded(lambda: loss.backward(), config, "target.loss", "the backward pass")
         _evaluate(task, config, model, test)
-    if recipe is None:
-        _try_choices(task, config, chosen)
-    what = "finding the best constant prediction"
-    return _guarded(lambda: Baselines(task, CPU).of(chosen).loss, config, "target.loss", what)
 
 
 def _fresh_model(task: Task, config: Config, recipe: Recipe) -> nn.Module:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 
 from recipefuzz.config import Config
+from recipefuzz.engines.ahead import Ahead
 from recipefuzz.engines.fused import FusedEngine
-from recipefuzz.engines.job import Engine
+from recipefuzz.engines.job import Engine, once
 from recipefuzz.engines.plan import planned
 from recipefuzz.engines.pool import PoolEngine, cores
 from recipefuzz.engines.sequential import SequentialEngine
@@ -23,12 +25,14 @@ AHEAD = 256
 
 
 def open_engine(
-    config: Config, task: Task, say: Callable[[str], None], most: int | None = None, recipe: Recipe | None = None
+    config: Config, task: Task, say: Callable[[str], None], ahead: Ahead, recipe: Recipe | None = None
 ) -> Engine:
-    """The engine that suits the config's model on this machine; `say` gets one line about what was picked, and why.
+    """The engine that suits the config's model on this machine.
 
     Args:
-        most: trials there will be at most: no more workers than that.
+        say: gets one line about what was picked, and why; later, in `collect`, one for each reason why recipes are
+            trained otherwise.
+        ahead: there are no more workers than trials.
         recipe: that the engines are measured with; by default the default recipe.
 
     Raises:
@@ -37,11 +41,12 @@ def open_engine(
     device = pick_device(config)
     budget = Budget(config.trial.steps, config.trial.extend)
     devices = worker_devices(device, config.run.workers)
-    if most is not None:
-        devices = devices[: max(1, most)]
-    pool = PoolEngine(config, budget, devices, config.trial.timeout, lanes=None) if devices else None
+    if ahead.trials:
+        devices = devices[: ahead.trials]
+    ahead = replace(ahead, processes=max(1, len(devices)))
+    pool = PoolEngine(config, budget, devices, config.trial.timeout, lanes=None, say=say) if devices else None
     try:
-        plan = planned(config, task, recipe or config.default_recipe(), torch.device(device), len(devices))
+        plan = planned(config, task, recipe or config.default_recipe(), torch.device(device), ahead)
     except BaseException:
         if pool:
             pool.close()
@@ -50,10 +55,11 @@ def open_engine(
     lanes = f" of {plan.lanes} lanes" if plan.lanes else ""
     say(f"{plan.engine} engine{lanes}, {where} on {device}: {plan.why}")
     if pool:
-        pool.use(plan.lanes)
+        pool.use(plan.lanes, ahead)
         return pool
-    alone = SequentialEngine(task, budget, torch.device(device))
-    return FusedEngine(task, budget, torch.device(device), alone, plan.lanes) if plan.lanes else alone
+    on = torch.device(device)
+    alone = SequentialEngine(task, budget, on)
+    return FusedEngine(task, budget, on, alone, plan.lanes, ahead, once(say)) if plan.lanes else alone
 
 
 def ask_ahead(config: Config, engine: Engine) -> int:

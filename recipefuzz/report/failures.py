@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -16,6 +17,7 @@ from recipefuzz.space import Choice, Range, Space
 
 CLEAR = 0.25  # least gain (share of the bucket inside minus share of the others) at which a region is named:
 # below it the sentence would send people to turn a knob that hardly matters
+FEWEST, ALL = 2, 17  # digits of a threshold: two are easy to read, 17 tell any two floats apart
 SMALLEST = 3  # trials; fewer have no region
 Kind = tuple[str, ...]  # verdict, cause and, if diagnosed, the place; of an error, the beginning of its message
 
@@ -136,11 +138,11 @@ def _conditions(
             )
             for o in axis.options
         ]
-    return [_cut(name, ours, others, above=above) for above in (True, False)]
+    return [_cut(name, ours, others, above=above, integer=axis.integer) for above in (True, False)]
 
 
-def _cut(name: str, ours: Sequence[Any], others: Sequence[Any], *, above: bool) -> tuple[float, str]:
-    """The best threshold: midway between two neighbouring values, rounded to two digits."""
+def _cut(name: str, ours: Sequence[Any], others: Sequence[Any], *, above: bool, integer: bool) -> tuple[float, str]:
+    """The best threshold: about midway between two neighbouring values."""
     sign = 1.0 if above else -1.0
     values = sign * np.array([*ours, *others], dtype=np.float64)
     shares = np.repeat([1.0 / len(ours), -1.0 / len(others)], [len(ours), len(others)])
@@ -150,5 +152,18 @@ def _cut(name: str, ours: Sequence[Any], others: Sequence[Any], *, above: bool) 
     best = ends[gains[ends].argmax()] if len(ends) else 0
     if not len(ends) or gains[best] <= 0:
         return 0.0, ""
-    at = (float(values[best]) + float(values[best + 1])) / 2
-    return float(gains[best]), f"{name} {'>' if above else '<'} {sign * at:.2g}"
+    at = _between(float(values[best + 1]), float(values[best]), integer=integer)
+    return float(gains[best]), f"{name} {'>' if above else '<'} {_in_full(sign * at)}"
+
+
+def _between(outside: float, inside: float, *, integer: bool) -> float:
+    """A threshold that only the larger value, `inside`, is above: about midway, in as few digits as tell them apart."""
+    middle = outside / 2 + inside / 2
+    rounded = (float(f"{middle:.{digits}g}") for digits in range(FEWEST, ALL + 1))
+    at = next((at for at in rounded if outside <= at < inside), outside)
+    return float(math.floor(middle)) if integer and not at.is_integer() else at
+
+
+def _in_full(value: float) -> str:
+    short = f"{value:g}"
+    return short if float(short) == value else f"{value:.{ALL}g}"

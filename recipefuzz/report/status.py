@@ -17,7 +17,7 @@ from recipefuzz.sampling import total
 
 def status_lines(folder: RunFolder) -> Iterator[str]:
     """Counts by verdict, throughput, what is left, the best so far: a line each."""
-    config, (results, elapsed) = folder.load_config(), folder.read()
+    config, (results, elapsed, peak) = folder.load_config(), folder.read()
     searched = [r for r in results if r.phase is Phase.SEARCH]
     confirming = [r for r in results if r.phase is Phase.CONFIRM]
     yield f"{config.study}: {_state(folder, config, searched, confirming)}"
@@ -25,6 +25,8 @@ def status_lines(folder: RunFolder) -> Iterator[str]:
     yield f"  confirm  {len(confirming)} of {_wanted(config, searched)} runs: {_counts(confirming)}"
     if searched and elapsed > 0:
         yield f"  speed    {len(searched) / elapsed:.2f} trials/s over {elapsed:.0f} s of search"
+    if peak.search:
+        yield f"  memory   at its peak {peak}"
     ranking, _ = rank_run(config, results)
     if ranking:
         top = ranking[0]

@@ -16,6 +16,7 @@ from rich.text import Text
 
 from recipefuzz.config import Config
 from recipefuzz.diagnosis import Diagnosis, Root
+from recipefuzz.peak import Peak
 from recipefuzz.ranking import Ranked
 from recipefuzz.recipe import shown
 from recipefuzz.report.failures import Bucket, buckets
@@ -38,6 +39,7 @@ def summary(
     results: Sequence[TrialResult],
     ranking: Sequence[Ranked],
     diagnoses: Mapping[int, Diagnosis],
+    peak: Peak,
 ) -> RenderableType:
     """Everything that is printed at the end of a search."""
     searched = [r for r in results if r.phase is Phase.SEARCH]
@@ -51,6 +53,8 @@ def summary(
         "",
         _files(folder),
     ]
+    if peak.search:
+        parts.append(Text(f"peak memory: {peak}", style="dim"))
     return Group(*parts)
 
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from recipefuzz.targets.constraint import Constraint
 from recipefuzz.targets.losses import IGNORED
 from recipefuzz.targets.task import Rows, Task, TensorRows, read_targets
 
@@ -23,6 +24,18 @@ STARTS = (0.0, 0.5)  # 0.5 for losses of probabilities, which are singular at 0
 ITERATIONS = 25  # of L-BFGS on a few numbers: convex losses are done in 10 to 20
 ROUNDS = 8  # at most, from the best point so far: a line search can get stuck where a density is nearly singular
 GAIN = 1e-6  # of the loss, under which a round is the last
+REFUSALS = (RuntimeError, ValueError, IndexError)  # of a constant output, by a loss: no gradient, a shape, an index
+FAR = 10.0  # times as far from the start: there, a loss that has a lower bound is no longer falling,
+FALLING = 0.01  # or by less than this share of its fall so far; -log(p) falls by 0.03 of it even from p = 1e30 on
+ROUNDING = 1e-5  # of a loss: float32 has 1e-7, and a mean over many rows a few times that
+NO_BOUND = (
+    "the loss has no lower bound over constant predictions, and skill counts from the best one; does the model's "
+    "output lack what the loss expects, such as the log_softmax of an nll_loss?"
+)
+
+
+class NoBaselineError(ValueError):
+    """No constant prediction is the best one: trials of this task can be run, but not judged."""
 
 
 @dataclass(frozen=True)
@@ -55,19 +68,35 @@ class Constant:
             return task.loss(self.output.expand(rows, *self.output.shape[1:]), target).reshape(())
 
 
-def best_constant(task: Task, rows: Rows, batch_size: int, output: Any) -> Constant:
+@dataclass(frozen=True)
+class Outputs:
+    """What is known of a model's outputs.
+
+    Attributes:
+        like: a batch of them, of which only shape and type count.
+        equality: the equation that each fulfils: a constant must, too.
+        interval: where all of them were. It may be by chance, so a constant may lie outside, unless the loss has no
+            lower bound there; inside, the descent may be easier, as that of `binary_cross_entropy` from 0.5 is.
+    """
+
+    like: Any
+    equality: Constraint | None = None
+    interval: Constraint | None = None
+
+
+def best_constant(task: Task, rows: Rows, batch_size: int, outputs: Outputs) -> Constant:
     """The best constant prediction on the training targets.
 
     Args:
         rows: the training rows, scaled as the recipe says.
         batch_size: a user's loss is averaged over batches of this size, since some depend on it.
-        output: what the model gives for a batch; a user's loss needs its shape.
+        outputs: what the model gives; a user's loss needs their shape and what they obey.
 
     Raises:
-        ValueError: a user's loss gives no finite value for any constant output.
+        NoBaselineError: a user's loss gives no finite value for any constant output, or has no lower bound.
     """
     if task.loss_kind == "custom":
-        return _minimized(task, rows, batch_size, output)
+        return _minimized(task, rows, batch_size, outputs)
     losses = {"cross_entropy": _cross_entropy, "bce": _bce, "mse": _mse}[task.loss_kind](read_targets(rows))
     whole = isinstance(rows, TensorRows) and not bool(losses.isnan().any())
     return Constant(float(losses.nanmean()), losses.flatten(1).mean(1).float() if whole else None)
@@ -98,21 +127,69 @@ def _mse(targets: Tensor) -> Tensor:
     return (columns - columns.mean(0)) ** 2
 
 
-def _minimized(task: Task, rows: Rows, batch_size: int, output: Any) -> Constant:
-    """Minimum of the user's loss over outputs that are one vector, repeated over rows and positions.
+def _minimized(task: Task, rows: Rows, batch_size: int, outputs: Outputs) -> Constant:
+    """Minimum of the user's loss over outputs that are one vector, repeated over rows and positions."""
+    if not isinstance(outputs.like, Tensor):
+        raise NoBaselineError(f"the model's output is a {type(outputs.like).__name__}, not one tensor")
+    batches = [rows.take(index)[1] for index in _batches(len(rows), batch_size)]
+    sets = [outputs.equality] if outputs.equality else dict.fromkeys([None, outputs.interval])
+    averages = [_Average(task, batches, batch_size, outputs.like.shape, constraint) for constraint in sets]
+    found = [minimum for average in averages if (minimum := _lowest(average, outputs.like)) is not None]
+    bounded = [minimum for minimum in found if minimum.bounded]
+    if not bounded:
+        raise NoBaselineError(NO_BOUND if found else "the loss is not finite for any constant output")
+    lowest = min(bounded, key=lambda minimum: minimum.loss)
+    return Constant(lowest.loss, output=lowest.output)
+
+
+@dataclass(frozen=True)
+class _Average:
+    """The user's loss of a constant, averaged over batches, as a function of free numbers."""
+
+    task: Task
+    batches: list[Any]
+    rows: int
+    sizes: torch.Size
+    constraint: Constraint | None
+
+    def __call__(self, free: Tensor) -> Tensor:
+        output = self.output(free).expand(self.rows, *self.sizes[1:])
+        return torch.stack([self.task.loss(output, y).reshape(()) for y in self.batches]).mean()
+
+    def output(self, free: Tensor) -> Tensor:
+        return self.constraint.transform(free, self.sizes) if self.constraint else free
+
+    def start(self, shape: list[int], value: float) -> Tensor:
+        return self.constraint.start(shape, value) if self.constraint else torch.full(shape, value)
+
+    def falls_on(self, start: Tensor, point: Tensor) -> bool:
+        """Whether the loss goes on falling far beyond a point on its way from a start."""
+        with torch.no_grad(), contextlib.suppress(*REFUSALS):
+            first, here, there = (float(self(start + times * (point - start))) for times in (0.0, 1.0, FAR))
+            rounding = ROUNDING * max(abs(first), abs(here))
+            return here - there > max(FALLING * (first - here), rounding)
+        return False
+
+
+@dataclass(frozen=True)
+class _Minimum:
+    loss: float
+    output: Tensor
+    bounded: bool
+
+
+def _lowest(average: _Average, like: Tensor) -> _Minimum | None:
+    """The lowest minimum over all layouts of a constant; one without a bound is the lowest of all.
 
     Which dimension of the output holds its features is not known, so each is tried and the lowest loss
     counts: (B, T, C) gives a vector of C for all T positions, and one of T for all C.
     """
-    if not isinstance(output, Tensor):
-        raise ValueError(f"the model's output is a {type(output).__name__}, not one tensor")
-    batches = [rows.take(index)[1] for index in _batches(len(rows), batch_size)]
-    for start in STARTS:
-        found = [_descend(task, batches, batch_size, output, torch.full(s, start)) for s in _layouts(output)]
-        finite = [constant for constant in found if constant is not None]
+    for value in STARTS:
+        starts = [average.start(shape, value).to(like.dtype) for shape in _layouts(like)]
+        finite = [minimum for minimum in (_descend(average, start) for start in starts) if minimum is not None]
         if finite:
-            return min(finite, key=lambda constant: constant.loss)
-    raise ValueError("the loss is not finite for any constant output")
+            return min(finite, key=lambda minimum: (minimum.bounded, minimum.loss))
+    return None
 
 
 def _batches(rows: int, batch_size: int) -> Tensor:
@@ -133,13 +210,13 @@ def _layouts(output: Tensor) -> list[list[int]]:
     return shapes
 
 
-def _descend(task: Task, batches: list[Any], rows: int, output: Tensor, start: Tensor) -> Constant | None:
-    point = start.to(output.dtype).requires_grad_()
+def _descend(average: _Average, start: Tensor) -> _Minimum | None:
+    point = start.clone().requires_grad_()
     best: list[tuple[float, Tensor]] = []
 
     def closure() -> Tensor:
         point.grad = None
-        loss = torch.stack([task.loss(point.expand(rows, *output.shape[1:]), y).reshape(()) for y in batches]).mean()
+        loss = average(point)
         value = float(loss.detach())
         if not math.isfinite(value):  # outside the loss's domain: a wall, from which the line search turns back
             return torch.tensor(2 * abs(best[-1][0]) + 1) if best else loss
@@ -148,8 +225,7 @@ def _descend(task: Task, batches: list[Any], rows: int, output: Tensor, start: T
         loss.backward()
         return loss
 
-    # a loss may refuse a constant output: no gradient, a shape, an index
-    with contextlib.suppress(RuntimeError, ValueError, IndexError):
+    with contextlib.suppress(*REFUSALS):
         for _ in range(ROUNDS):
             before = best[-1][0] if best else math.inf
             torch.optim.LBFGS([point], max_iter=ITERATIONS, line_search_fn="strong_wolfe").step(closure)
@@ -157,4 +233,9 @@ def _descend(task: Task, batches: list[Any], rows: int, output: Tensor, start: T
                 break
             with torch.no_grad():
                 point.copy_(best[-1][1])
-    return Constant(best[-1][0], output=best[-1][1].expand(1, *output.shape[1:])) if best else None
+    if not best:
+        return None
+    loss, free = best[-1]
+    with torch.no_grad():
+        output = average.output(free).expand(1, *average.sizes[1:])
+    return _Minimum(loss, output, bounded=not average.falls_on(start, free))

@@ -18,7 +18,8 @@ from recipefuzz.targets.builtin.data import DATA
 from recipefuzz.targets.builtin.models import MODELS
 from recipefuzz.targets.imported import files_under, keyword_names, load_callable, missing_arguments
 from recipefuzz.targets.losses import LOSSES, cross_entropy_last
-from recipefuzz.targets.rows import as_rows, check_finite
+from recipefuzz.targets.non_finite import NonFinite
+from recipefuzz.targets.rows import as_rows, non_finite
 from recipefuzz.targets.seeding import seeded
 from recipefuzz.targets.task import Loss, Rows, Task, read, read_targets, some_rows
 
@@ -28,9 +29,11 @@ def resolve(config: Config) -> Task:
 
     Raises:
         InputError: a name or an import path that leads nowhere, data that can't be trained on, a loss
-            that does not fit them. The model is not built yet: see `engines.rehearse`.
+            that does not fit them. The model is not built yet: see `engines.rehearse`, which also tells whether
+            values that are not finite do harm.
     """
     train, test = _load(config)
+    bad = _non_finite(config, train, "train") + _non_finite(config, test, "test")
     loss_kind = config.target.loss if config.target.loss in LOSSES else "custom"
     x, y = train.take(some_rows(train, 2))
     place = config.source.place("target", "data")
@@ -50,6 +53,7 @@ def resolve(config: Config) -> Task:
         loss_kind=loss_kind,
         takes_norm=_takes_norm(build),
         takes=takes,
+        non_finite=bad,
     )
 
 
@@ -79,11 +83,12 @@ def _load(config: Config) -> tuple[Rows, Rows]:
         problem = f"loading {config.target.data} raised {type(error).__name__}"
         fix = missing_arguments(error, "data_args")
         raise InputError(problem, place=place, fix=fix, detail=user_traceback(error)) from error
-    train, test = as_rows(loaded, place)
-    for rows, name in ((train, "train"), (test, "test")):
-        with _reading(name, place):
-            check_finite(rows, name, place)
-    return train, test
+    return as_rows(loaded, place)
+
+
+def _non_finite(config: Config, rows: Rows, name: str) -> tuple[NonFinite, ...]:
+    with _reading(name, config.source.place("target", "data")):
+        return non_finite(rows, name)
 
 
 @contextlib.contextmanager

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset, TensorDataset
 
 from recipefuzz.errors import InputError, Place
+from recipefuzz.targets.non_finite import MOST_ROWS, NonFinite
 from recipefuzz.targets.task import DatasetRows, Rows, TensorRows, read
 
 EXPECTED = "(x_train, y_train, x_test, y_test) as tensors or numpy arrays, or (train, test) as torch Datasets"
@@ -84,27 +85,32 @@ def _some(rows: int, name: str, place: Place) -> None:
         raise InputError(f"the {name} data have no rows", place=place, expected="at least one row", fix=fix)
 
 
-def check_finite(rows: Rows, name: str, place: Place) -> None:
-    """Raise an InputError that names row and column of the first value that is not finite, and how many."""
-    for part, *both in read(rows):
-        for letter, values in zip("xy", both, strict=True):
+def non_finite(rows: Rows, name: str) -> tuple[NonFinite, ...]:
+    """What is not finite in the inputs, and what in the targets, of the set of that name (`train` or `test`)."""
+    parts: tuple[list[_Bad], list[_Bad]] = ([], [])
+    for index, *both in read(rows):
+        for bad, values in zip(parts, both, strict=True):
             if isinstance(values, Tensor) and values.is_floating_point() and not values.isfinite().all():
-                _report_non_finite(rows, f"{letter}_{name}", "xy".index(letter), part, values, place)
+                bad.append(_bad(index, values))
+    return tuple(_finding(f"{letter}_{name}", bad) for letter, bad in zip("xy", parts, strict=True) if bad)
 
 
-def _report_non_finite(rows: Rows, name: str, side: int, part: Tensor, values: Tensor, place: Place) -> None:
-    where = (~values.isfinite()).nonzero()[0]
-    row, column = int(part[where[0]]), where[1:].tolist()
-    spot = f"row {row}" + (f", column {', '.join(map(str, column))}" if column else "")
-    whole = (rows.x, rows.y)[side] if isinstance(rows, TensorRows) else values
-    bad = ~whole.isfinite()
-    count = (
-        f"{int(bad.sum())} such values in {int(bad.flatten(1).any(1).sum()) if bad.dim() > 1 else int(bad.sum())} rows"
-    )
-    raise InputError(
-        f"{name} holds a value that is not finite: {spot} (counted from 0)",
-        place=place,
-        found=f"{values[tuple(where)].item()}; {count}",
-        expected="finite numbers: one NaN in a batch makes every parameter NaN",
-        fix="drop or fill those rows in load()",
-    )
+class _Bad(NamedTuple):
+    """The values of some rows that are not finite: where the first one is, how many, in which rows."""
+
+    column: tuple[int, ...]
+    value: float
+    total: int
+    rows: list[int]
+
+
+def _bad(index: Tensor, values: Tensor) -> _Bad:
+    where = (~values.isfinite()).nonzero()
+    first = tuple(where[0].tolist())
+    return _Bad(first[1:], float(values[first]), len(where), index[where[:, 0].unique()].tolist())
+
+
+def _finding(name: str, parts: list[_Bad]) -> NonFinite:
+    first, rows = parts[0], [row for part in parts for row in part.rows]
+    count = sum(part.total for part in parts)
+    return NonFinite(name, rows[0], first.column, first.value, count, tuple(rows[:MOST_ROWS]), len(rows))

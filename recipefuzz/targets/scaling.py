@@ -27,7 +27,7 @@ class Affine:
 
 
 def scaled(train: Rows, test: Rows, input_norm: str, target_norm: str) -> tuple[Rows, Rows]:
-    """Both sets with inputs and targets scaled by the statistics of the first.
+    """Both sets with inputs and targets scaled by the statistics of the first, of its finite values.
 
     Raises:
         ValueError: inputs or targets that are not floating-point tensors (token ids, class labels).
@@ -67,13 +67,26 @@ def _fit(values: Any, how: str, axis: str) -> Affine | None:
         raise ValueError(f"{axis}: {how} needs floating-point values, but these are {kind}")
     feature = 1 if values.dim() >= 4 else values.dim() - 1
     over = [d for d in range(values.dim()) if d == 0 or d != feature]
-    if how == "standardize":
-        shift = values.mean(over, keepdim=True)
-        scale = values.std(over, correction=0, keepdim=True)
-    else:
-        shift = values.amin(over, keepdim=True)
-        scale = values.amax(over, keepdim=True) - shift
-    constant = scale <= 1e-6 * values.abs().amax(over, keepdim=True)  # float32 keeps 7 digits: no spread
+    shift, scale, largest = _statistics(values, how, over)
+    constant = scale <= 1e-6 * largest  # float32 keeps 7 digits: no spread
     if values.dim() == 1:
         shift, scale, constant = shift[0], scale[0], constant[0]
     return Affine(shift, torch.where(constant, 1.0, scale))
+
+
+def _statistics(values: Tensor, how: str, over: list[int]) -> tuple[Tensor, Tensor, Tensor]:
+    """Shift, scale and largest absolute value of the finite values: a user's mask may leave out the others."""
+    finite = values.isfinite()
+    if bool(finite.all()):
+        low, high = values.amin(over, keepdim=True), values.amax(over, keepdim=True)
+        mean, deviation = values.mean(over, keepdim=True), values.std(over, correction=0, keepdim=True)
+    else:
+        low = values.where(finite, torch.inf).amin(over, keepdim=True)
+        high = values.where(finite, -torch.inf).amax(over, keepdim=True)
+        kept = values.where(finite, torch.nan)
+        mean = kept.nanmean(over, keepdim=True)
+        deviation = ((kept - mean) ** 2).nanmean(over, keepdim=True).sqrt()
+        # of a column that has no finite value, nothing is known
+        low, high, mean, deviation = (t.where(low <= high, 0.0) for t in (low, high, mean, deviation))
+    largest = torch.maximum(low.abs(), high.abs())
+    return (mean, deviation, largest) if how == "standardize" else (low, high - low, largest)

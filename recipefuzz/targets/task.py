@@ -10,7 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
-from torch.utils.data import Dataset, default_collate
+from torch.utils.data import Dataset, Subset, default_collate
+
+from recipefuzz.targets.non_finite import NonFinite
 
 Loss = Callable[[Any, Any], Tensor]
 
@@ -149,6 +151,7 @@ class Task:
         loss_kind: "cross_entropy", "mse", "bce", or "custom" for a user's own.
         takes_norm: whether `build` has a `norm` argument; else existing layers are replaced.
         takes: names of the other keyword arguments of `build`; None if it takes any.
+        non_finite: values of the data that are not finite, those of the training set first.
     """
 
     train: Rows
@@ -158,6 +161,14 @@ class Task:
     loss_kind: str
     takes_norm: bool
     takes: frozenset[str] | None
+    non_finite: tuple[NonFinite, ...] = ()
+
+
+def only(rows: Rows, index: Tensor) -> Rows:
+    """Some of a task's rows, which pass through no scaling yet."""
+    if isinstance(rows, DatasetRows):
+        return DatasetRows(Subset(rows.dataset, index.tolist()), rows.device)
+    return TensorRows(*rows.take(index))
 
 
 def some_rows(rows: Rows, most: int) -> Tensor:

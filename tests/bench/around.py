@@ -1,106 +1,87 @@
-"""What a long search spends on everything but training: asking, telling, recording, judging, reporting.
+"""What a long search spends on everything but training: asking, telling, building results, recording, judging, reporting.
 
-The trials' outcomes are those of some real trials, used over and over. A process of its own, for its peak memory:
+A real search, in a process of its own, whose steps are timed from outside:
 
-    python around.py OUTCOMES.pickle --trials 10000
+    python around.py --trials 10000
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import json
-import pickle
-import resource
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
+from typing import Any
 
 from end_to_end import study
 from row import Row, seconds
 
+from recipefuzz import searching
 from recipefuzz.config import parse_config
-from recipefuzz.engines.job import Job, Outcome, run
+from recipefuzz.engines.job import Engine, Job, Outcome
+from recipefuzz.engines.pool import cores
+from recipefuzz.store import StudySearch
 from recipefuzz.trace import COLUMNS, Trace
 from recipefuzz.verdict import Budget, judge
 
-WIDTH, AHEAD = 64, 128  # as select.ask_ahead has it for two workers
-MOST = 10.0  # percent of the training's wall time
-PHASES = ("ask, tell", "record", "result_of", "judge", "report")
+WIDTH = 64
+MOST = 10.0  # percent of the search's wall time
+SAMPLED = 16  # of so many outcomes one is kept, to judge it again
+TIMED = {  # what the searching process does beside waiting for the engine
+    "ask, tell": (StudySearch, "refill"),
+    "result_of": (searching, "to_result"),
+    "record": (StudySearch, "record_all"),
+    "report": (searching, "_report"),
+}
 
 
-def real_outcomes(trials: int) -> tuple[list[Outcome], float]:
-    """Of recipes picked at random, and the trials per second that the engine trained them at, started and warm."""
-    from recipefuzz.engines.select import open_engine
-    from recipefuzz.targets.resolve import resolve
-
-    config = parse_config(study(WIDTH, trials) | {"search": {"trials": trials, "sampler": "random"}})
-    with tempfile.TemporaryDirectory() as folder, contextlib.closing(_search(folder, config, 2 * trials)) as opened:
-        recipes = [config.recipe_of(asked.values) for asked in opened.search.refill()]
-    jobs = [Job(i, recipe, 0) for i, recipe in enumerate(recipes)]
-    with contextlib.closing(open_engine(config, resolve(config), lambda _: None)) as engine:
-        list(run(engine, jobs[: trials // 4]))
-        outcomes: list[Outcome] = []
-        took = seconds(lambda: outcomes.extend(run(engine, jobs)))
-    return outcomes, trials / took
-
-
-class _search:  # noqa: N801 - a context, closed as a store is
-    def __init__(self, folder: str, config, window: int) -> None:
-        from recipefuzz.store import Store
-
-        self._store = Store(Path(folder) / "journal", write=True)
-        self.search = self._store.begin({}, config.axes, config.search, window)
-        self.close = self._store.close
-
-
-def spend(outcomes: list[Outcome], trials: int) -> dict[str, float]:
-    """Seconds of each phase, and the peak memory of this process in MB."""
-    from recipefuzz.report.ranked import rank_run
-    from recipefuzz.report.write import write_reports
-    from recipefuzz.result import Phase
-    from recipefuzz.searching import to_result
-
+def spend(trials: int) -> dict[str, float]:
+    """Seconds of the whole search and of each phase, and the peak memory of this process and of the workers in MB."""
     config = parse_config(study(WIDTH, trials))
-    spent = dict.fromkeys(PHASES, 0.0)
-
-    @contextlib.contextmanager
-    def timed(phase: str) -> Iterator[None]:
-        started = time.perf_counter()
-        yield
-        spent[phase] += time.perf_counter() - started
-
-    with tempfile.TemporaryDirectory() as folder, contextlib.closing(_search(folder, config, AHEAD)) as opened:
-        while True:
-            with timed("ask, tell"):
-                asked = opened.search.refill()
-            if not asked:
-                break
-            for trial in asked:
-                found = outcomes[trial.number % len(outcomes)]
-                outcome = replace(found, job=Job(trial.number, config.recipe_of(trial.values), 0))
-                with timed("result_of"):
-                    result = to_result(config, outcome, Phase.SEARCH)
-                with timed("record"):
-                    opened.search.record(result)
-        with timed("report"):
-            ranked, winner = rank_run(config, opened.search.results)
-            write_reports(Path(folder), config, opened.search.results, ranked, winner)
-    spent["judge"] = trials * _judge_seconds(outcomes, Budget(config.trial.steps, config.trial.extend))
-    return spent | {"MB": _peak_megabytes()}
+    spent = dict.fromkeys(TIMED, 0.0)
+    sample: list[Outcome] = []
+    for phase, (owner, name) in TIMED.items():
+        setattr(owner, name, _timed(getattr(owner, name), spent, phase))
+    opened = searching.open_engine
+    searching.open_engine = lambda *args: _Sampling(opened(*args), sample)
+    results: list[searching.SearchResult] = []
+    with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
+        wall = seconds(lambda: results.append(searching.search(config)))
+    budget = Budget(config.trial.steps, config.trial.extend)
+    spent["judge"] = trials * _judge_seconds(sample, budget) / cores()
+    return {"wall": wall, **spent, "MB": results[0].peak.search, "worker MB": results[0].peak.worker}
 
 
-def _peak_megabytes() -> float:
-    """Of this process alone: `ru_maxrss` may begin with its parent's."""
-    status = Path("/proc/self/status")
-    if not status.exists():
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
-    return int(line.split()[1]) / 1024
+def _timed(call: Any, spent: dict[str, float], phase: str) -> Any:
+    @functools.wraps(call)
+    def timed(*args: Any, **kwargs: Any) -> Any:
+        found: list[Any] = []
+        spent[phase] += seconds(lambda: found.append(call(*args, **kwargs)))
+        return found[0]
+
+    return timed
+
+
+class _Sampling:
+    """An engine, some of whose outcomes are kept."""
+
+    def __init__(self, engine: Engine, sample: list[Outcome]) -> None:
+        self._engine, self._sample, self._seen = engine, sample, 0
+        self.lanes, self.close = engine.lanes, engine.close
+
+    def submit(self, job: Job) -> None:
+        self._engine.submit(job)
+
+    def collect(self) -> list[Outcome]:
+        outcomes = self._engine.collect()
+        self._sample += outcomes[-self._seen % SAMPLED :: SAMPLED]
+        self._seen += len(outcomes)
+        return outcomes
 
 
 def _judge_seconds(outcomes: list[Outcome], budget: Budget) -> float:
@@ -124,30 +105,26 @@ def _start(trace: Trace, steps: int) -> Trace:
     return replace(trace, **columns, first_bad=bad, heldout=heldout, steps_run=steps)
 
 
-def rows(trials: int, sample: int) -> Iterator[Row]:
-    outcomes, rate = real_outcomes(sample)
-    with tempfile.NamedTemporaryFile(suffix=".pickle") as file:
-        file.write(pickle.dumps(outcomes))
-        file.flush()
-        command = [sys.executable, __file__, file.name, f"--trials={trials}"]
-        spent = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
-    training = trials / rate
-    peer = f"{training:.0f} s of training"
-    total = sum(spent[phase] for phase in PHASES)
-    name = f"around the engine, {trials:,} trials"
-    note = f"{rate:.0f} trials/s at width {WIDTH}; ours is one core's time, training both cores'"
-    yield Row(f"{name}: all", f"{total:.1f} s", peer, 100 * total / training, MOST, at_most=True, unit=" %", note=note)
-    for phase in PHASES:
-        yield Row(f"  {phase}", f"{spent[phase]:.1f} s", peer, 100 * spent[phase] / training, unit=" %")
-    yield Row("  peak memory", f"{spent['MB']:.0f} MB", "-", None, note="of the process that searches")
+def rows(trials: int) -> Iterator[Row]:
+    command = [sys.executable, __file__, f"--trials={trials}"]
+    spent = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
+    wall = spent["wall"]
+    peer = f"{wall:.1f} s in all"
+    phases = [*TIMED, "judge"]
+    total = sum(spent[phase] for phase in phases)
+    note = f"{trials / wall:.0f} trials/s, width {WIDTH}; judging runs in the workers: a share of their time, measured after"
+    name = f"not training, {trials:,} trials"
+    yield Row(f"{name}: all", f"{total:.2f} s", peer, 100 * total / wall, MOST, at_most=True, unit=" %", note=note)
+    for phase in phases:
+        yield Row(f"  {phase}", f"{spent[phase]:.2f} s", peer, 100 * spent[phase] / wall, unit=" %")
+    for key, whose in (("MB", "the process that searches"), ("worker MB", "the largest worker")):
+        yield Row(f"  peak memory of {whose}", f"{spent[key]:.0f} MB", "-", None)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("outcomes", type=Path)
     parser.add_argument("--trials", type=int, default=10_000)
-    args = parser.parse_args()
-    print(json.dumps(spend(pickle.loads(args.outcomes.read_bytes()), args.trials)))
+    print(json.dumps(spend(parser.parse_args().trials)))
 
 
 if __name__ == "__main__":

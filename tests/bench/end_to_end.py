@@ -31,7 +31,7 @@ def study(width: int, trials: int) -> dict:
         },
         "recipe": {"optimizer": "momentum"},
         "trial": {"steps": STEPS, "batch_size": 64, "seed": 0},
-        "search": {"trials": trials, "sampler": "tpe", "confirm": {"top": 0}},
+        "search": {"trials": trials, "sampler": "tpe", "confirm": {"top": 0}, "diagnose": 0},
     }
 
 
@@ -84,4 +84,4 @@ def rows(
         rate, best = known[width, count]
         note = f"{steps}, {STEPS} the peer's or up to NaN" + (f"; peer on {count:,} trials" if count < trials else "")
         peers = f"{rate:.2f} trials/s (jobs {best})"
-        yield Row(name, shown, peers, mine / rate, bar, note=f"confirm.top 0; {note}")
+        yield Row(name, shown, peers, mine / rate, bar, note=f"confirm.top 0, diagnose 0; {note}")

@@ -12,6 +12,7 @@ import torch
 from row import Row, seconds
 
 from recipefuzz.config import Config, parse_config
+from recipefuzz.engines.ahead import Ahead
 from recipefuzz.engines.job import Engine, Job, run
 from recipefuzz.engines.select import open_engine
 from recipefuzz.recipe import Recipe
@@ -99,7 +100,7 @@ def _case(case: Case, rounds: int) -> Iterator[Row]:
         trained = {}
         for kind in ("auto", "sequential", "fused"):
             config = case.config(kind)
-            engine = stack.enter_context(contextlib.closing(open_engine(config, task, said.append)))
+            engine = stack.enter_context(contextlib.closing(open_engine(config, task, said.append, Ahead())))
             jobs = 2 * rounds * engine.lanes if engine.lanes else SEQUENTIAL_JOBS
             trained[kind] = Trained(engine, config, jobs)
         spent = 0.0

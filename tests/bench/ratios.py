@@ -6,7 +6,8 @@
     python tests/bench/ratios.py --only end-to-end --full         # the peer runs all trials, too: an hour
 
 Parts: `end-to-end` (a whole search from a cold start against baseline_optuna.py), `steady` (training alone against
-JAX), `models` (each built-in model, fused against sequential, and what `auto` picks), `search` (what is not training).
+JAX), `models` (each built-in model, fused against sequential, and what `auto` picks), `search` (of a long search, the
+share of wall time that is not training, and its peak memory), `watch` (what `recipefuzz.watch` adds to a step).
 
 Read the ratio, not the seconds: both sides ran one after the other on the same cores. Other work on the machine
 falsifies it; the load before the run is printed. Of repeats the best counts. A dash is something that was not
@@ -30,13 +31,14 @@ import around
 import end_to_end
 import models
 import steady
+import watch_overhead
 from rich.console import Console
 from rich.table import Table
 from row import Row
 
 BASELINE = Path(__file__).resolve().parents[3] / "shared" / "bench" / "baseline_optuna.py"
 BARS = {(64, 256): 8.0, (64, 4096): 20.0, (16, 4096): 40.0}  # width, trials
-PARTS = ("end-to-end", "steady", "models", "search")
+PARTS = ("end-to-end", "steady", "models", "search", "watch")
 
 
 def arguments() -> argparse.Namespace:
@@ -68,7 +70,9 @@ def measured(args: argparse.Namespace) -> Iterator[Row]:
         names = models.QUICK if quick else tuple(case.name for case in models.CASES)
         yield from models.rows(names, rounds=1 if quick else models.ROUNDS)
     if "search" in parts:
-        yield from around.rows(1000 if quick else 10_000, sample=256 if quick else 1024)
+        yield from around.rows(1000 if quick else 10_000)
+    if "watch" in parts:
+        yield from watch_overhead.rows(pairs=40 if quick else 200)
 
 
 def main() -> int:

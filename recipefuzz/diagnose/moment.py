@@ -1,0 +1,144 @@
+"""What a step of the user's own loop began with, kept at a few microseconds a step, so that it can be replayed.
+
+Parameters need no copy: they change at the optimizer's step, and a step is looked at before that. Inputs are kept by
+reference, random numbers by their generators' states; of the large buffers only those that were written are copied.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from recipefuzz.diagnose.rerun import Calls
+
+SMALL = 4096  # elements of a buffer that is copied at every step: batch norm's kernels write theirs unannounced
+MOST = 32  # forward passes of one step whose inputs are kept
+
+
+class Forward(NamedTuple):
+    """One call of the model: what it was given, the random state at its start, and who called it."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    random: tuple[Tensor, ...]
+    calls: Calls
+
+
+class Moment:
+    """The forward passes since the last backward pass.
+
+    Attributes:
+        forwards: the first of them; in a replay those after them take what they are given then.
+        backwards: backward passes since the first of them.
+        parameters: of the model and of the optimizers.
+    """
+
+    def __init__(self, model: nn.Module, parameters: list[Tensor]) -> None:
+        self.forwards: list[Forward] = []
+        self.backwards = 0
+        self.parameters = parameters
+        self._device = parameters[0].device if parameters else torch.device("cpu")
+        self._on_cuda = self._device.type == "cuda"
+        self._model = model
+        self._buffers = _Buffers(model)
+        self._over = True
+
+    def enter(self, args: tuple[Any, ...], kwargs: dict[str, Any], calls: Calls) -> None:
+        """A forward pass begins; the first after a backward pass begins another step."""
+        if self._over:
+            self._over, self.backwards = False, 0
+            self.forwards.clear()
+            self._buffers.copy()
+        if len(self.forwards) < MOST:
+            self.forwards.append(Forward(args, kwargs, self.random(), calls))
+
+    def leave(self) -> None:
+        """A backward pass is over."""
+        self._over = True
+        self.backwards += 1
+
+    def random(self) -> tuple[Tensor, ...]:
+        """The state of the random generators that the model draws from."""
+        own = torch.default_generator.get_state()
+        return (own, torch.cuda.get_rng_state(self._device)) if self._on_cuda else (own,)
+
+    def set_random(self, states: tuple[Tensor, ...]) -> None:
+        torch.set_rng_state(states[0])
+        if len(states) > 1:
+            torch.cuda.set_rng_state(states[1], self._device)
+
+    @contextmanager
+    def back(self) -> Iterator[None]:
+        """The state at the step's start; on the way out, all is as it was before."""
+        random, gradients = self.random(), [p.grad for p in self.parameters]
+        modules = [(m, dict(vars(m))) for m in self._model.modules()]
+        for parameter in self.parameters:
+            parameter.grad = None
+        if self.forwards:
+            self.set_random(self.forwards[0].random)
+        try:
+            with self._buffers.back():
+                yield
+        finally:
+            self.set_random(random)
+            for module, attributes in modules:
+                vars(module).update(attributes)
+            for parameter, gradient in zip(self.parameters, gradients, strict=True):
+                parameter.grad = gradient
+
+
+class _Buffers:
+    """A model's buffers and what they held at the step's start; a module may write them or bind them anew."""
+
+    def __init__(self, model: nn.Module) -> None:
+        homes = [(m._buffers, name) for m in model.modules() for name, b in m._buffers.items() if b is not None]
+        self._all = [_Buffer(home, name) for home, name in homes]
+
+    def copy(self) -> None:
+        for buffer in self._all:
+            buffer.copy()
+
+    @contextmanager
+    def back(self) -> Iterator[None]:
+        """As they were at the step's start, in memory of their own, so that the present ones stay what they are."""
+        present = [b.home[b.name] for b in self._all]
+        for buffer in self._all:
+            buffer.home[buffer.name] = buffer.earlier()
+        try:
+            yield
+        finally:
+            for buffer, value in zip(self._all, present, strict=True):
+                buffer.home[buffer.name] = value
+
+
+class _Buffer:
+    """One of them, by its place in its module."""
+
+    def __init__(self, home: dict[str, Tensor | None], name: str) -> None:
+        self.home, self.name = home, name
+        self._bind()
+
+    def _bind(self) -> None:
+        self._seen = self.home[self.name]
+        self._kept = None if self._seen is None else self._seen.clone()
+        self._version = 0 if self._seen is None else self._seen._version
+        self._small = self._seen is not None and self._seen.numel() <= SMALL
+
+    def copy(self) -> None:
+        now = self.home[self.name]
+        if now is not self._seen:
+            self._bind()
+        elif now is not None and self._kept is not None and (self._small or now._version != self._version):
+            self._kept.copy_(now)
+            self._version = now._version
+
+    def earlier(self) -> Tensor | None:
+        """What it was; the same tensor where it has not been written since."""
+        now = self.home[self.name]
+        if now is self._seen and now is not None and now._version == self._version and not self._small:
+            return now
+        return None if self._kept is None else self._kept.clone()

@@ -1,0 +1,170 @@
+"""`recipefuzz.watch`: the first value that is not finite, found in the user's own training loop.
+
+After each backward pass the norms of the gradients and the loss are read in one go. At that moment the parameters are
+still those of the forward pass, so a bad step can be replayed without a copy of the model having been kept. What was
+found is reported at the optimizer's step: a gradient scaler, or a loop with a check of its own, may skip that.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import wraps
+from types import FrameType, TracebackType
+from typing import Any, Literal, Self
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge
+
+from recipefuzz.diagnose.history import History
+from recipefuzz.diagnose.moment import Moment
+from recipefuzz.diagnose.own_step import Stage, Step, diagnose, message
+from recipefuzz.diagnose.rerun import Calls, calls, user_place
+from recipefuzz.diagnosis import Diagnosis
+
+UPDATE_DEPTH = 3  # frames from the optimizer's hook to the user's loop: its wrapper, a scheduler's
+SKIPS = 30  # bad steps in a row that a gradient scaler may skip: after them its scale is 1e9 times smaller
+
+
+def watch(model: nn.Module, optimizer: torch.optim.Optimizer, *, stop: bool = True) -> LoopWatch:
+    """Find the first value that is not finite in a training loop of your own.
+
+        with recipefuzz.watch(model, optimizer) as w:
+            for x, y in loader:
+                ...
+
+    A failing step is run a second time, from the statement that calls the model to the one that calls `backward()`,
+    with every operation watched. What those statements print or append is printed or appended twice then.
+
+    Args:
+        stop: raise at the optimizer's step that would be made with bad gradients; else go on, unwatched from there.
+
+    Raises:
+        NonFiniteError: in the loop, with the operation, its line, the cause and what to do.
+    """
+    return LoopWatch(model, optimizer, stop=stop)
+
+
+class LoopWatch:
+    """A training loop that is watched.
+
+    Attributes:
+        steps: optimizer steps made, one that has begun included.
+        diagnosis: of the first failure, if there was one.
+    """
+
+    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, *, stop: bool) -> None:
+        self.steps = 0
+        self.diagnosis: Diagnosis | None = None
+        self._model, self._optimizer, self._stop = model, optimizer, stop
+        self._hooks = ExitStack()
+        self._stage: Stage | None = None
+        self._pending: Diagnosis | None = None
+        self._skipped = 0
+        self._in_closure = False
+        self._backward_seen = False
+        self._update: Calls = []
+
+    def __enter__(self) -> Self:
+        parameters = {id(p): p for g in self._optimizer.param_groups for p in g["params"]}
+        parameters |= {id(p): p for p in self._model.parameters()}
+        self._moment = Moment(self._model, list(parameters.values()))
+        self._history = History(list(parameters.values()))
+        self._hooks.callback(self._model.register_forward_pre_hook(self._forward, with_kwargs=True).remove)
+        self._hooks.callback(self._optimizer.register_step_pre_hook(self._before_step).remove)
+        self._hooks.enter_context(_after_backward(self._backward))
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> Literal[False]:
+        with self._hooks:
+            if kind is None and self.diagnosis is None and self._history.parameters_are_bad():
+                self._report(self._find(None, "a parameter"))
+        self._moment.forwards.clear()
+        return False
+
+    def _forward(self, _model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if torch.compiler.is_compiling():
+            return None
+        if self._stage is not None:
+            return self._stage.inputs(args, kwargs)
+        if torch.is_grad_enabled():
+            self._moment.enter(args, kwargs, calls(sys._getframe(1)))
+        return None
+
+    def _backward(self, loss: Tensor | None, frame: FrameType) -> None:
+        """A backward pass is over; gradients are not yet clipped, unscaled or applied."""
+        if self._stage is not None:
+            self._stage.backward(loss)
+        elif self.diagnosis is None:
+            self._moment.leave()
+            self._backward_seen = True
+            self._look(loss, frame)
+
+    def _look(self, loss: Tensor | None, frame: FrameType | None) -> None:
+        symptom = self._history.add(loss)
+        if not symptom:
+            self._pending, self._skipped = None, 0
+            return
+        self._skipped += 1
+        if self._pending is None:
+            self._pending = self._find(frame, symptom)
+        if self._in_closure or self._skipped >= SKIPS:
+            self._report(self._pending)
+
+    def _before_step(self, optimizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self._stage is None and self.diagnosis is None:
+            self._update = calls(sys._getframe(1), UPDATE_DEPTH)
+            self._in_closure = len(args) > 1 or bool(kwargs)  # the first is the optimizer
+            if not (self._backward_seen or self._in_closure):
+                self._look(None, None)
+            if self._pending is not None and not _is_skipped(optimizer) and self._history.still_bad():
+                self._report(self._pending)
+            self._backward_seen = False
+        self.steps += 1
+
+    def _find(self, frame: FrameType | None, symptom: str) -> Diagnosis:
+        model = getattr(self._model, "_orig_mod", self._model)  # of a compiled one
+        number, optimizer = self.steps + (not self._in_closure), type(self._optimizer).__name__.lower()
+        step = Step(model, self._moment, frame, number, optimizer, user_place(self._update), self._staged)
+        return diagnose(step, self._history.health(number), symptom)
+
+    @contextmanager
+    def _staged(self, stage: Stage) -> Iterator[None]:
+        self._stage = stage
+        try:
+            yield
+        finally:
+            self._stage = None
+
+    def _report(self, found: Diagnosis) -> None:
+        self.diagnosis = found
+        if self._stop:
+            raise message(found)
+
+
+def _is_skipped(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether a gradient scaler leaves the skipping of bad steps to the optimizer itself, a fused one."""
+    return getattr(optimizer, "found_inf", None) is not None
+
+
+@contextmanager
+def _after_backward(then: Callable[[Tensor | None, FrameType], None]) -> Iterator[None]:
+    """Call it with the loss after each backward pass, `Tensor.backward()` and `torch.autograd.backward` alike."""
+    original = torch.autograd.backward
+
+    @wraps(original)
+    def backward(tensors: Any, *args: Any, **kwargs: Any) -> None:
+        original(tensors, *args, **kwargs)
+        if not torch.compiler.is_compiling():
+            first = tensors if isinstance(tensors, (Tensor, GradientEdge)) else tensors[0]
+            then(first if isinstance(first, Tensor) else None, sys._getframe(1))
+
+    torch.autograd.backward = backward
+    try:
+        yield
+    finally:
+        torch.autograd.backward = original

@@ -1,0 +1,791 @@
+"""`recipefuzz.watch`: what it finds in loops of the user's own, and that it leaves healthy ones alone."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import subprocess
+import sys
+import textwrap
+import weakref
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import recipefuzz
+from recipefuzz.diagnosis import Diagnosis
+
+START = """\
+import torch
+from torch import nn
+from torch.nn import functional as F
+import recipefuzz
+
+torch.manual_seed(0)
+model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 1))
+optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+loader = [(torch.randn(16, 4), torch.rand(16, 1)) for _ in range(6)]
+
+"""
+
+
+def run(folder: Path, code: str) -> dict[str, Any]:
+    """A script of the user's, run; its names."""
+    path = folder / "train.py"
+    path.write_text(START + textwrap.dedent(code))
+    names: dict[str, Any] = {"__name__": "__main__"}
+    exec(compile(path.read_text(), str(path), "exec"), names)
+    return names
+
+
+def diagnosed(folder: Path, code: str) -> tuple[Diagnosis, dict[str, Any]]:
+    """What `w` says of a script that fails."""
+    names = run(folder, code)
+    assert names["w"].diagnosis is not None, "nothing was found"
+    return names["w"].diagnosis, names
+
+
+def test_log_of_zero_in_the_loss(tmp_path):
+    found, names = diagnosed(
+        tmp_path,
+        """
+        loader[3][0][2] = 1e9
+        with recipefuzz.watch(model, optimizer, stop=False) as w:
+            for x, y in loader:
+                optimizer.zero_grad()
+                p = torch.sigmoid(model(x)) if x.max() < 100 else torch.zeros_like(y) * model(x)
+                loss = -(
+                    y * torch.log(p)
+                ).mean()
+                loss.backward()
+                optimizer.step()
+        """,
+    )
+    assert (found.cause, found.root, found.phase, found.op, found.step) == ("log_of_zero", "code", "loss", "log", 4)
+    assert found.source == "y * torch.log(p)"
+    assert names["w"].steps == 6
+
+
+def test_division_by_zero_in_the_model(tmp_path):
+    found, _ = diagnosed(
+        tmp_path,
+        """
+        class Net(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.body = model
+
+            def forward(self, x):
+                h = self.body(x)
+                return h / x.abs().sum(1, keepdim=True)
+
+        net = Net()
+        loader[2][0][5] = 0
+        with recipefuzz.watch(net, optimizer, stop=False) as w:
+            for x, y in loader:
+                optimizer.zero_grad()
+                F.mse_loss(net(x), y).backward()
+                optimizer.step()
+        """,
+    )
+    assert (found.cause, found.phase, found.op, found.step) == ("division_by_zero", "forward", "div", 3)
+    assert found.source == "return h / x.abs().sum(1, keepdim=True)"
+
+
+def test_gradient_of_sqrt_at_zero(tmp_path):
+    found, _ = diagnosed(
+        tmp_path,
+        """
+        loader[1][0].zero_()
+        with torch.no_grad():
+            for p in model.parameters():
+                if p.dim() == 1:
+                    p.zero_()
+                    p.requires_grad_(False)
+        with recipefuzz.watch(model, optimizer, stop=False) as w:
+            for x, y in loader:
+                optimizer.zero_grad()
+                size = model(x).square().sum(1)
+                loss = size.sqrt().mean()
+                loss.backward()
+                optimizer.step()
+        """,
+    )
+    assert (found.cause, found.phase, found.op, found.step) == ("sqrt_gradient_at_zero", "backward", "sqrt", 2)
+    assert found.source == "loss = size.sqrt().mean()"
+
+
+@pytest.mark.parametrize(("side", "called"), [(0, "the model's input"), (1, "`target`")])
+def test_not_a_number_in_a_batch(tmp_path, side, called):
+    found, _ = diagnosed(
+        tmp_path,
+        f"""
+        loader[4][{side}][3, 0] = float("nan")
+        with recipefuzz.watch(model, optimizer, stop=False) as w:
+            for x, target in loader:
+                optimizer.zero_grad()
+                loss = F.mse_loss(model(x), target)
+                loss.backward()
+                optimizer.step()
+        """,
+    )
+    assert (found.cause, found.root, found.phase, found.step) == ("data_nonfinite", "data", "data", 5)
+    assert f"it came in with {called}" in found.explanation
+
+
+def test_an_input_that_the_loop_itself_made_bad(tmp_path):
+    found, _ = diagnosed(
+        tmp_path,
+        """
+        loader[2][0][3] = 1.0
+        with recipefuzz.watch(model, optimizer, stop=False) as w:
+            for raw, y in loader:
+                spread = raw.std(1, keepdim=True)
+                x = (raw - raw.mean(1, keepdim=True)) / spread
+                optimizer.zero_grad()
+                F.mse_loss(model(x), y).backward()
+                optimizer.step()
+        """,
+    )
+    assert (found.cause, found.step) == ("division_by_zero", 3)
+    assert found.source == "x = (raw - raw.mean(1, keepdim=True)) / spread"
+
+
+def test_bad_rows_that_the_loop_picks_from_the_data(tmp_path):
+    found, _ = diagnosed(
+        tmp_path,
+        """
+        data, targets = torch.cat([x for x, _ in loader]), torch.cat([y for _, y in loader])
+        data[7, 1] = float("-inf")
+        with recipefuzz.watch(model, optimizer, stop=False) as w:
+            for start in range(0, 96, 16):
+                rows = torch.arange(start, start + 16)
+                optimizer.zero_grad()
+                F.mse_loss(model(data[rows] - data[rows]), targets[rows]).backward()
+                optimizer.step()
+        """,
+    )
+    assert (found.cause, found.root, found.step) == ("data_nonfinite", "data", 1)
+
+
+def test_modules_that_keep_a_state(tmp_path):
+    """A replay goes out from the buffers that the step found, written or bound anew, and leaves the present ones."""
+    found, names = diagnosed(
+        tmp_path,
+        """
+        class Centred(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.register_buffer("written", torch.ones(4))
+                self.register_buffer("bound", torch.ones(4))
+                self.calls = 0
+
+            def forward(self, x):
+                self.calls += 1
+                self.written += 1
+                self.bound = self.bound - 0.5
+                return (x / self.bound) * self.written
+
+        net = nn.Sequential(Centred(), model)
+        with recipefuzz.watch(net, optimizer, stop=False) as w:
+            for x, y in loader[:2]:
+                optimizer.zero_grad()
+                loss = F.mse_loss(net(x), y)
+                loss.backward()
+                optimizer.step()
+        """,
+    )
+    assert (found.cause, found.step, found.source) == (
+        "division_by_zero",
+        2,
+        "return (x / self.bound) * self.written",
+    )
+    state = names["net"][0]
+    assert (state.calls, state.written[0], state.bound[0]) == (2, 3.0, 0.0)
+
+
+def test_an_iterator_is_not_advanced(tmp_path):
+    found, names = diagnosed(
+        tmp_path,
+        """
+        loader[2][1][0] = -1.0
+        batches = iter(loader)
+        with recipefuzz.watch(model, optimizer, stop=False) as w:
+            for _ in range(len(loader)):
+                x, y = next(batches)
+                optimizer.zero_grad()
+                loss = (model(x) - y.log()).square().mean()
+                loss.backward()
+                optimizer.step()
+        """,
+    )
+    assert (found.cause, found.op, found.step, names["w"].steps) == ("log_of_negative", "log", 3, 6)
+
+
+def test_a_batch_that_was_fetched_ahead(tmp_path):
+    """The variables have gone on to the next batch; the model is given its own once more."""
+    found, _ = diagnosed(
+        tmp_path,
+        """
+        loader[2][0][0] = 0.0
+        batches = iter([*loader, loader[0]])
+        x, y = next(batches)
+        with recipefuzz.watch(model, optimizer, stop=False) as w:
+            for _ in range(len(loader)):
+                loss = (model(x) / x.abs().sum(1, keepdim=True)).mean() if False else model(x).div(1).mean()
+                loss = loss + (model(x.clone()).mean() * 0)
+                x, y = next(batches)
+                loss.backward()
+                optimizer.step()
+                optimizer.zero_grad()
+                if w.steps == 3:
+                    with torch.no_grad():
+                        model[0].weight.fill_(float("inf"))
+        """,
+    )
+    assert (found.phase, found.step) == ("optimizer", 4)
+    assert "parameter 0.weight, which the update of step 3 left so" in found.explanation
+    assert found.source == "optimizer.step()"
+
+
+def test_a_mask_is_not_bad_data(tmp_path):
+    found, _ = diagnosed(
+        tmp_path,
+        """
+        class Attend(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.inner = nn.Linear(4, 8)
+
+            def forward(self, x, mask):
+                h = self.inner(x)
+                scores = h @ h.T + mask
+                return torch.softmax(scores, 1) @ h
+
+        net = Attend()
+        mask = torch.full((16, 16), float("-inf")).triu(1)
+        optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+        with recipefuzz.watch(net, optimizer, stop=False) as w:
+            for i, (x, y) in enumerate(loader):
+                if i == 2:
+                    mask[0, 0] = float("-inf")
+                optimizer.zero_grad()
+                loss = (net(x, mask) - y).square().mean()
+                loss.backward()
+                optimizer.step()
+        """,
+    )
+    assert (found.cause, found.step) == ("fully_masked_softmax", 3)
+    assert found.source == "return torch.softmax(scores, 1) @ h"
+
+
+def test_helper_functions_and_clipping(tmp_path):
+    """Forward and backward stand in two functions; the norm of the gradients has made all of them NaN by the step."""
+    found, names = diagnosed(
+        tmp_path,
+        """
+        seen = []
+
+        def loss_of(net, x, y):
+            d = (net(x) - y).abs()
+            return (d * 1e3).exp().mean() if x.max() > 100 else d.mean()
+
+        def update(loss):
+            loss.backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+
+        def train_step(x, y):
+            optimizer.zero_grad()
+            loss = loss_of(model, x, y)
+            update(loss)
+            seen.append(loss.item())
+
+        loader[2][0][3] = 1e4
+        with recipefuzz.watch(model, optimizer, stop=False) as w:
+            for x, y in loader:
+                train_step(x, y)
+        """,
+    )
+    assert (found.cause, found.op, found.step) == ("exp_overflow", "exp", 3)
+    assert found.source == "return (d * 1e3).exp().mean() if x.max() > 100 else d.mean()"
+    assert len(names["seen"]) == 6
+
+
+def test_gradient_accumulation(tmp_path):
+    """The bad micro-batch is an earlier one than that of the step."""
+    found, _ = diagnosed(
+        tmp_path,
+        """
+        loader[3][1][0] = 0.0
+        with recipefuzz.watch(model, optimizer, stop=False) as w:
+            for i, (x, y) in enumerate(loader):
+                loss = (model(x) / y).mean() / 3
+                loss.backward()
+                if i % 3 == 2:
+                    optimizer.step()
+                    optimizer.zero_grad()
+        """,
+    )
+    assert (found.cause, found.op, found.step) == ("division_by_zero", "div", 2)
+
+
+def test_all_on_one_line(tmp_path):
+    found, _ = diagnosed(
+        tmp_path,
+        """
+        loader[2][1][0] = 0.0
+        with recipefuzz.watch(model, optimizer, stop=False) as w:
+            for x, y in loader: optimizer.zero_grad(); loss = (model(x) / y).mean(); loss.backward(); optimizer.step()
+        """,
+    )
+    assert (found.cause, found.op, found.step) == ("division_by_zero", "div", 3)
+
+
+def test_a_loop_in_a_method(tmp_path):
+    found, _ = diagnosed(
+        tmp_path,
+        """
+        class Trainer:
+            def fit(self):
+                for self.epoch in range(2):
+                    for x, y in loader:
+                        with torch.autograd.set_grad_enabled(True):
+                            output = model(x)
+                            terms = [self.term(o, t) for o, t in zip(output, y)]
+                            loss = sum(t for t in terms if self is not None)
+                        optimizer.zero_grad()
+                        loss.backward()
+                        optimizer.step()
+
+            def term(self, output, target):
+                return (output * 0 + target).sqrt().sum()
+
+        loader[1][1][3] = -1.0
+        with recipefuzz.watch(model, optimizer, stop=False) as w:
+            Trainer().fit()
+        """,
+    )
+    assert (found.cause, found.op, found.step) == ("domain_error", "sqrt", 2)
+    assert found.source == "return (output * 0 + target).sqrt().sum()"
+
+
+def test_two_models_with_an_optimizer_each(tmp_path):
+    found, names = diagnosed(
+        tmp_path,
+        """
+        judge = nn.Sequential(nn.Linear(1, 8), nn.Tanh(), nn.Linear(8, 1), nn.Sigmoid())
+        judges = torch.optim.Adam(judge.parameters(), lr=0.01)
+        loader[3][1][0] = 1e9
+        with (
+            recipefuzz.watch(model, optimizer, stop=False) as other,
+            recipefuzz.watch(judge, judges, stop=False) as w,
+        ):
+            for x, y in loader:
+                made = model(x)
+                judges.zero_grad()
+                loss = -(judge(y).log() + (1 - judge(made.detach())).log()).mean()
+                loss = loss + (y - 1e9).abs().min().log() * judge(y).sum()
+                loss.backward()
+                judges.step()
+                optimizer.zero_grad()
+                (-judge(made).log().mean()).backward()
+                optimizer.step()
+        """,
+    )
+    assert (found.cause, found.op, found.step) == ("log_of_zero", "log", 4)
+    assert found.source == "loss = loss + (y - 1e9).abs().min().log() * judge(y).sum()"
+    assert "which the update" not in found.explanation
+    assert (names["w"].steps, names["other"].steps) == (6, 6)
+
+
+def test_a_cell_that_is_called_many_times_a_step(tmp_path):
+    found, _ = diagnosed(
+        tmp_path,
+        """
+        cell = nn.GRUCell(4, 8)
+        optimizer = torch.optim.SGD(cell.parameters(), lr=0.1)
+        xs = torch.randn(5, 50, 16, 4)
+        with recipefuzz.watch(cell, optimizer, stop=False) as w:
+            for number, sequence in enumerate(xs):
+                optimizer.zero_grad()
+                h = torch.zeros(16, 8)
+                for t, x in enumerate(sequence):
+                    h = cell(x, h)
+                    if number == 2 and t == 45:
+                        h = h / (t - 45)
+                h.mean().backward()
+                optimizer.step()
+        """,
+    )
+    assert (found.cause, found.op, found.step, found.source) == ("division_by_zero", "div", 3, "h = h / (t - 45)")
+
+
+def test_closures(tmp_path):
+    found, _ = diagnosed(
+        tmp_path,
+        """
+        optimizer = torch.optim.LBFGS(model.parameters(), max_iter=2)
+        loader[2][1][0] = 0.0
+        with recipefuzz.watch(model, optimizer, stop=False) as w:
+            for x, y in loader:
+                def closure():
+                    optimizer.zero_grad()
+                    loss = (model(x) / y).square().mean()
+                    loss.backward()
+                    return loss
+                optimizer.step(closure)
+        """,
+    )
+    assert (found.cause, found.op, found.step) == ("division_by_zero", "div", 3)
+
+
+def test_loss_is_bad_and_gradients_are_not(tmp_path):
+    found, _ = diagnosed(
+        tmp_path,
+        """
+        loader[2][1][0] = 0.0
+        with recipefuzz.watch(model, optimizer, stop=False) as w:
+            for x, y in loader:
+                optimizer.zero_grad()
+                loss = model(x).mean() + y.log().mean()
+                loss.backward()
+                optimizer.step()
+        """,
+    )
+    assert (found.cause, found.op, found.step) == ("log_of_zero", "log", 3)
+
+
+def test_gradients_set_by_hand(tmp_path):
+    found, _ = diagnosed(
+        tmp_path,
+        """
+        loader[2][1][0] = 0.0
+        with recipefuzz.watch(model, optimizer, stop=False) as w:
+            for x, y in loader:
+                parameters = list(model.parameters())
+                for p, g in zip(parameters, torch.autograd.grad((model(x) / y).mean(), parameters)):
+                    p.grad = g
+                optimizer.step()
+        """,
+    )
+    assert (found.cause, found.step) == ("unknown", 3)
+    assert "a gradient is not finite" in found.explanation
+
+
+DROPOUT = """
+    class Gate(nn.Module):
+        def forward(self, x):
+            kept = F.dropout(torch.ones_like(x), 0.02)
+            return x / kept
+
+    model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), Gate(), nn.Linear(8, 1))
+    optimizer = torch.optim.AdamW(model.parameters(), foreach=True)
+    with recipefuzz.watch(model, optimizer, stop=False) as w:
+        for x, y in loader:
+            optimizer.zero_grad()
+            noise = torch.randn_like(y)
+            loss = F.mse_loss(model(x), y + noise)
+            loss.backward()
+            before = [b.clone() for b in model.buffers()], torch.get_rng_state(), model[0].weight.grad
+            optimizer.step()
+            if w.diagnosis:
+                break
+"""
+
+
+def test_random_numbers_are_drawn_again(tmp_path):
+    """Which element dropout drops decides whether the step fails."""
+    found, _ = diagnosed(tmp_path, DROPOUT)
+    assert (found.cause, found.op, found.module) == ("division_by_zero", "div", "2")
+
+
+def test_the_replay_leaves_no_trace(tmp_path):
+    watched = run(tmp_path, DROPOUT)
+    plain = run(
+        tmp_path,
+        DROPOUT.replace("with recipefuzz.watch(model, optimizer, stop=False) as w:", "if True:")
+        .replace("if w.diagnosis", f"if len(seen) == {watched['w'].steps}")
+        .replace("before =", "seen.append(1); before =")
+        .replace("for x, y", "seen = []\n        for x, y"),
+    )
+    for a, b in zip(watched["before"][0], plain["before"][0], strict=True):
+        assert torch.equal(a, b)
+    assert torch.equal(watched["before"][1], plain["before"][1])
+    assert torch.equal(watched["before"][2].nan_to_num(), plain["before"][2].nan_to_num())
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("inside", [False, True])
+def test_compiled_models(tmp_path, inside):
+    """Watched from outside, or as the module in it, whose hooks are compiled away."""
+    found, names = diagnosed(
+        tmp_path,
+        f"""
+        model[1] = nn.Softplus()
+        compiled = torch.compile(model, backend="eager", fullgraph=True)
+        loader[3][1][0] = 0.0
+        with recipefuzz.watch({"model" if inside else "compiled"}, optimizer, stop=False) as w:
+            for x, y in loader:
+                optimizer.zero_grad()
+                loss = (compiled(x) / y).mean()
+                loss.backward()
+                optimizer.step()
+        """,
+    )
+    assert (found.step, names["w"].steps) == (4, 6)
+    assert found.cause == ("unknown" if inside else "division_by_zero")
+
+
+class Network(nn.Module):
+    """Attention with a mask of -inf, dropout, batch norm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(4, 8)
+        self.norm = nn.BatchNorm1d(8)
+        self.attend = nn.MultiheadAttention(8, 2, dropout=0.1, batch_first=True)
+        self.drop = nn.Dropout(0.3)
+        self.outer = nn.Linear(8, 1)
+        self.register_buffer("mask", torch.full((5, 5), float("-inf")).triu(1))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = self.norm(self.inner(x).transpose(1, 2)).transpose(1, 2)
+        return self.outer(self.drop(h + self.attend(h, h, h, attn_mask=self.mask, need_weights=False)[0]))[:, -1]
+
+
+def fit(model: nn.Module, optimizer: torch.optim.Optimizer, *, watched: bool) -> Any:
+    torch.manual_seed(1)
+    loader = [(torch.randn(8, 5, 4), torch.randn(8, 1)) for _ in range(10)]
+    w = recipefuzz.watch(model, optimizer) if watched else None
+    if w:
+        w.__enter__()
+    for epoch in range(2):
+        for x, y in loader:
+            loss = (model(x) - y).square().mean()
+            optimizer.zero_grad(set_to_none=epoch == 0)
+            loss.backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+        model.eval()
+        with torch.no_grad():
+            model(loader[0][0])
+        model.train()
+    if w:
+        w.__exit__(None, None, None)
+    return w
+
+
+@pytest.mark.parametrize("foreach", [False, True])
+def test_healthy_loops_are_untouched(foreach):
+    torch.manual_seed(0)
+    first = Network()
+    second = copy.deepcopy(first)
+    adam = [torch.optim.AdamW(m.parameters(), lr=1e-2, foreach=foreach) for m in (first, second)]
+    fit(first, adam[0], watched=False)
+    w = fit(second, adam[1], watched=True)
+    assert (w.steps, w.diagnosis) == (20, None)
+    for name, value in first.state_dict().items():
+        assert torch.equal(value, second.state_dict()[name]), name
+
+
+def test_nothing_is_left_behind():
+    model = Network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    backward = torch.autograd.backward
+    before = {k: copy.copy(v) for k, v in vars(model).items()}
+    with recipefuzz.watch(model, optimizer) as w:
+        assert torch.autograd.backward is not backward
+        batch = torch.randn(8, 5, 4)
+        model(batch).mean().backward()
+        optimizer.step()
+    assert w.steps == 1
+    assert torch.autograd.backward is backward
+    assert vars(model).keys() == before.keys()
+    assert not model._forward_pre_hooks
+    assert not model._forward_pre_hooks_with_kwargs
+    assert not optimizer._optimizer_step_pre_hooks
+    assert not optimizer._optimizer_step_post_hooks
+    gone = weakref.ref(w)
+    del w
+    gc.collect()
+    assert gone() is None
+
+
+def test_nothing_is_left_behind_by_a_failure():
+    model = nn.Linear(3, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    backward = torch.autograd.backward
+    weight = model.weight.detach().clone()
+
+    def train() -> None:
+        with recipefuzz.watch(model, optimizer):
+            (model(torch.ones(2, 3)) / 0).mean().backward()
+            optimizer.step()
+
+    with pytest.raises(recipefuzz.NonFiniteError, match="division_by_zero"):
+        train()
+    assert torch.autograd.backward is backward
+    assert not model._forward_pre_hooks
+    assert not optimizer._optimizer_step_pre_hooks
+    assert torch.equal(model.weight, weight), "the step with bad gradients was made"
+
+
+SCALER = """
+    scaler = torch.amp.GradScaler("cpu", init_scale={scale})
+    loader = loader * {epochs}
+    with recipefuzz.watch(model, optimizer) as w:
+        for x, y in loader:
+            optimizer.zero_grad()
+            with torch.autocast("cpu", torch.float16):
+                output = model(x)
+                loss = F.mse_loss(output, y){more}
+            scaler.scale(loss).backward()
+            scaler.unscale_(optimizer)
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            scaler.step(optimizer)
+            scaler.update()
+"""
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_steps_that_a_gradient_scaler_skips_are_no_failure(tmp_path, fused):
+    adam = f"\n    optimizer = torch.optim.Adam(model.parameters(), fused={fused})"
+    names = run(tmp_path, adam + SCALER.format(scale="2.0**24", epochs=30, more=""))
+    assert names["w"].diagnosis is None
+    assert names["scaler"].get_scale() < 2.0**24
+
+
+def test_a_scaler_that_skips_for_ever_is(tmp_path):
+    with pytest.raises(recipefuzz.NonFiniteError, match="step 1: loss is not finite: log_of_zero"):
+        run(tmp_path, SCALER.format(scale="2.0**10", epochs=30, more=" + (y * 0).log().mean()"))
+
+
+def test_gradients_that_the_loop_mends_are_no_failure(tmp_path):
+    names = run(
+        tmp_path,
+        """
+        with recipefuzz.watch(model, optimizer) as w:
+            for x, y in loader:
+                optimizer.zero_grad()
+                (model(x * 0) * 0).sqrt().mean().backward()
+                for p in model.parameters():
+                    p.grad.nan_to_num_(0.0, 0.0, 0.0)
+                optimizer.step()
+        """,
+    )
+    assert (names["w"].steps, names["w"].diagnosis) == (6, None)
+
+
+def test_parameters_that_the_last_step_broke(tmp_path):
+    found, _ = diagnosed(
+        tmp_path,
+        """
+        optimizer = torch.optim.SGD(model.parameters(), lr=1e38)
+        loader[0][1].fill_(1e3)
+        with recipefuzz.watch(model, optimizer, stop=False) as w:
+            for x, y in loader[:1]:
+                optimizer.zero_grad()
+                F.mse_loss(model(x), y).backward()
+                optimizer.step()
+        """,
+    )
+    assert (found.root, found.cause, found.phase) == ("recipe", "exploding_parameters", "optimizer")
+    assert found.source == "optimizer.step()"
+
+
+def test_without_source_the_forward_pass_is_replayed():
+    names: dict[str, Any] = {}
+    code = textwrap.dedent(
+        """
+        loader[2][0][3] = float("inf")
+        with recipefuzz.watch(model, optimizer, stop=False) as w:
+            for x, y in loader:
+                optimizer.zero_grad()
+                F.mse_loss(model(x), y).backward()
+                optimizer.step()
+        """
+    )
+    exec(compile(START + code, "<stdin>", "exec"), names)
+    found = names["w"].diagnosis
+    assert (found.cause, found.step) == ("data_nonfinite", 3)
+    assert "the step's own statements could not be run again, so only the model's forward pass was replayed" in (
+        found.explanation
+    )
+
+
+def test_a_file_that_was_edited_meanwhile_is_not_run(tmp_path):
+    found, _ = diagnosed(
+        tmp_path,
+        """
+        import linecache, pathlib
+        path = (lambda: 0).__code__.co_filename
+        loader[2][1][3] = 0
+        with recipefuzz.watch(model, optimizer, stop=False) as w:
+            for x, y in loader:
+                optimizer.zero_grad()
+                loss = (model(x) / y).mean()
+                loss.backward()
+                pathlib.Path(path).write_text("raise SystemExit\\n" * 99)
+                linecache.clearcache()
+                optimizer.step()
+        """,
+    )
+    assert found.cause == "unknown"
+    assert "could not be run again" in found.explanation
+
+
+def test_sparse_gradients_and_keyword_arguments(tmp_path):
+    found, _ = diagnosed(
+        tmp_path,
+        """
+        class Words(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.table = nn.Embedding(9, 4, sparse=True)
+
+            def forward(self, *, words, scale):
+                return self.table(words).sum() / scale
+
+        net = Words()
+        optimizer = torch.optim.SparseAdam(net.parameters())
+        with recipefuzz.watch(net, optimizer, stop=False) as w:
+            for scale in (1.0, 2.0, 0.0):
+                optimizer.zero_grad()
+                net(words=torch.tensor([1, 2, 2]), scale=scale).backward()
+                optimizer.step()
+        """,
+    )
+    assert (found.cause, found.source) == ("division_by_zero", "return self.table(words).sum() / scale")
+
+
+def test_what_the_error_says(tmp_path):
+    code = """
+        loader[2][1][3] = 0
+        with recipefuzz.watch(model, optimizer) as w:
+            for x, y in loader:
+                optimizer.zero_grad()
+                ratio = model(x) / y
+                loss = ratio.mean()
+                loss.backward()
+                optimizer.step()
+        """
+    with pytest.raises(recipefuzz.NonFiniteError) as caught:
+        run(tmp_path, code)
+    assert str(caught.value) == textwrap.dedent(
+        f"""\
+        {tmp_path}/train.py:16: step 3: loss is not finite: division_by_zero (code)
+          fix:      keep the divisor away from zero: add an epsilon (x / (d + 1e-8)), or clamp it
+
+          ratio = model(x) / y
+          div at train.py:16 gave inf in 1 of 16 elements, given 16x1 float32, -1.87 to -1.07; 16x1 float32, 0 to 0.915, 1 of 16 zero (at the first bad element: -1.355, 0); before it the weights were 1.16 times their first size and the loss -2.85 (at first 1.35)
+          from there: mean at train.py:17"""
+    )
+
+
+def test_help_does_not_import_torch():
+    code = "import recipefuzz, sys; assert 'watch' in recipefuzz.__all__; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
