@@ -24,7 +24,7 @@ from recipefuzz.ranking import rank
 from recipefuzz.recipe import AXES, Recipe, Scalar
 from recipefuzz.result import Phase, TrialResult
 from recipefuzz.run_folder import RunFolder
-from recipefuzz.source import write_yaml
+from recipefuzz.source import Source, write_yaml
 from recipefuzz.targets.resolve import resolve
 from recipefuzz.targets.task import Task
 from recipefuzz.verdict import Label
@@ -65,7 +65,7 @@ def diagnose(
     trial: int | None = None,
     seed: int | None = None,
 ) -> Diagnosed:
-    """Explain the config's default recipe, the same with some values changed, or a trial of its run.
+    """Explain the config's default recipe, or a trial of its run; either with some values changed.
 
     Args:
         changes: axes and their values.
@@ -76,12 +76,15 @@ def diagnose(
         InputError: no such trial, an unknown axis, a value that an axis does not take.
     """
     pick_device(config)
+    for name, value in (changes or {}).items():
+        check_value(name, value, Source(), "--set", name)
     stored: list[TrialResult] = []
     if trial is not None:
-        stored, *_ = RunFolder.of(config).read()
+        stored, *_ = RunFolder.find(str(RunFolder.of(config).path)).read()
         recipe = _stored(stored, trial, config)
     else:
-        recipe = config.default_recipe().but(**dict(changes or {}))
+        recipe = config.default_recipe()
+    recipe = recipe.but(**dict(changes or {}))
     task = resolve(config)
     _check_axes(task, config, changes or {})
     try_step(task, config, recipe)
@@ -131,10 +134,9 @@ def _stored(results: Sequence[TrialResult], trial: int, config: Config) -> Recip
 
 def _check_axes(task: Task, config: Config, changes: Mapping[str, Scalar]) -> None:
     known = {*AXES, *config.axis_names, *(task.takes or ())}
-    for name, value in changes.items():
+    for name in changes:
         if task.takes is not None and name not in known:
             raise InputError(f"--set: unknown axis {name!r}", fix=did_you_mean(name, known))
-        check_value(name, value, config.source, "--set", name)
 
 
 def _shrunk(patient: Patient, found: Diagnosis, stored: Sequence[TrialResult]) -> Shrunk | None:

@@ -10,10 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+COMPRESSED = (torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc)
+
 
 @dataclass(frozen=True)
 class Stats:
-    """A tensor in numbers.
+    """A tensor in numbers; of a sparse or a nested one, those that it stores.
 
     Attributes:
         low, high: least and greatest finite element; NaN where there is none.
@@ -36,19 +38,21 @@ class Stats:
 
     @classmethod
     def of(cls, tensor: Tensor) -> Stats:
-        values = tensor.detach()
-        values = torch.view_as_real(values) if values.is_complex() else values
+        dense = tensor.detach()
+        kept = stored(dense)
+        values = torch.view_as_real(kept) if kept.is_complex() else kept
         flat = values.double() if values.is_floating_point() else values.to(torch.float64)
         finite = flat[torch.isfinite(flat)]
         low, high, least = math.nan, math.nan, math.nan
         if finite.numel():
             low, high, least = float(finite.min()), float(finite.max()), float(finite.abs().min())
         bad = ~torch.isfinite(flat)
-        rows = bad.reshape(len(bad), -1).any(dim=1).nonzero()[:5, 0].tolist() if bad.dim() and bad.any() else []
+        has_rows = kept is dense and bad.dim() and bad.any()  # rows of the storage are not the tensor's
+        rows = bad.reshape(len(bad), -1).any(dim=1).nonzero()[:5, 0].tolist() if has_rows else []
         return cls(
-            tuple(tensor.shape),
+            tuple(kept.shape),
             str(tensor.dtype).removeprefix("torch."),
-            tensor.numel(),
+            kept.numel(),
             low,
             high,
             least,
@@ -63,7 +67,8 @@ class Stats:
     def brief(cls, tensor: Tensor, finite: bool) -> Stats:
         """Shape and type of a tensor of which it is known whether all is finite; if not, one element stands for it."""
         kind, unknown = str(tensor.dtype).removeprefix("torch."), math.nan
-        return cls(tuple(tensor.shape), kind, tensor.numel(), unknown, unknown, unknown, 0, int(not finite), 0, 0, ())
+        kept = stored(tensor)
+        return cls(tuple(kept.shape), kind, kept.numel(), unknown, unknown, unknown, 0, int(not finite), 0, 0, ())
 
     @property
     def infinite(self) -> int:
@@ -93,9 +98,10 @@ class Stats:
 
 def is_finite(tensor: Tensor) -> bool:
     """Whether every element is: by a sum first, which is cheap; one that overflows is looked at closely."""
-    if not (tensor.is_floating_point() or tensor.is_complex()) or not tensor.numel():
+    if tensor.is_meta or not (tensor.is_floating_point() or tensor.is_complex()) or not tensor.numel():
         return True
-    values = torch.view_as_real(tensor) if tensor.is_complex() else tensor
+    values = stored(tensor.detach())
+    values = torch.view_as_real(values) if values.is_complex() else values
     return math.isfinite(values.sum().item()) or bool(torch.isfinite(values).all())
 
 
@@ -114,4 +120,11 @@ def tensors(values: Iterable[Any]) -> list[Tensor]:
 
 def storage(tensor: Tensor) -> int:
     """Of which memory a tensor is a view: the same number for all its views while it lives."""
-    return int(tensor.untyped_storage()._cdata)
+    return int(stored(tensor).untyped_storage()._cdata)
+
+
+def stored(tensor: Tensor) -> Tensor:
+    """What a tensor keeps in memory, as a dense one: of a sparse one the elements that are not left out."""
+    if tensor.layout is torch.sparse_coo:
+        return tensor._values()
+    return tensor.values() if tensor.is_nested or tensor.layout in COMPRESSED else tensor

@@ -21,7 +21,7 @@ from torch.autograd import _get_sequence_nr  # type: ignore[attr-defined]
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from recipefuzz.diagnose.frames import user_line
-from recipefuzz.diagnose.tensors import Stats, is_finite, leaves, storage, tensors
+from recipefuzz.diagnose.tensors import Stats, is_finite, leaves, storage, stored, tensors
 
 UNSET = ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "resize_")  # memory not yet written
 
@@ -366,7 +366,8 @@ def _written(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> lis
 
 def _is_whole(tensor: Tensor) -> bool:
     """Whether it covers all of its memory, so that writing it leaves nothing of before."""
-    return tensor.numel() * tensor.element_size() == tensor.untyped_storage().nbytes()
+    values = stored(tensor)
+    return values.numel() * values.element_size() == values.untyped_storage().nbytes()
 
 
 def _finite_in_double(call: _Call) -> bool | None:
@@ -389,9 +390,11 @@ def _finite_in_double(call: _Call) -> bool | None:
 
 def _witness(operands: list[Tensor], result: Tensor) -> tuple[float, ...]:
     """The operands at the first element of the result that is not finite, where they broadcast to it."""
+    if stored(result) is not result:  # sparse or nested: its elements have no such places
+        return ()
     try:
         spread = [t.expand(result.shape) for t in operands]
     except RuntimeError:
         return ()
     at = tuple((~torch.isfinite(result)).nonzero()[0].tolist()) if result.dim() else ()
-    return tuple(float(t[at]) for t in spread if not t.is_complex())
+    return tuple(float(t[at].detach()) for t in spread if not t.is_complex())
