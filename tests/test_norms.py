@@ -243,6 +243,7 @@ def test_a_norm_of_unknown_features_is_refused():
 @pytest.mark.parametrize("norm_first", [True, False])
 @pytest.mark.parametrize("kind", NORMS)
 def test_transformer_encoder_runs_its_new_norms(kind, norm_first, batch_first):
+    torch.manual_seed(0)
     layer = nn.TransformerEncoderLayer(16, 4, 32, 0.0, batch_first=batch_first, norm_first=norm_first)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="enable_nested_tensor is True")  # torch's, at construction
