@@ -114,6 +114,31 @@ def run_recipes(
 
 
 @app.command()
+def check(
+    config: ConfigPath,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON list instead of lines.")] = False,
+) -> None:
+    """Is it the recipe at all? What an experienced person looks at first: data, code, gradients, loss curves."""
+    import json
+
+    from recipefuzz.checking import check as run_checks
+    from recipefuzz.config import load_config
+    from recipefuzz.finding import Level, worst
+    from recipefuzz.report.checked import checked
+    from recipefuzz.report.terminal import console
+
+    screen, found = console(), []
+    for finding in run_checks(load_config(config)):
+        found.append(finding)
+        if not as_json:
+            screen.print(checked(finding))
+    if as_json:
+        typer.echo(json.dumps([finding.record() for finding in found], indent=1))
+    if worst(found) is Level.FAIL:
+        raise typer.Exit(EXIT_BAD_ANSWER)
+
+
+@app.command()
 def diagnose(
     config: Annotated[str, typer.Argument(metavar="CONFIG", help="A config, or a run's folder or name.")],
     trial: Annotated[int | None, typer.Option(help="A trial of the run, by its number.")] = None,

@@ -89,7 +89,7 @@ def diagnose(
     _check_axes(task, config, changes or {})
     try_step(task, config, recipe)
     seed = config.trial.seed if seed is None else seed
-    with _patient(config, task, recipe, seed) as patient:
+    with as_patient(config, task, recipe, seed) as patient:
         found = diagnose_trial(patient)
         return Diagnosed(config, recipe, seed, found, _shrunk(patient, found, stored))
 
@@ -105,7 +105,7 @@ def diagnose_stored(config: Config, task: Task, result: TrialResult, engine: Eng
 
 
 @contextmanager
-def _patient(config: Config, task: Task, recipe: Recipe, seed: int) -> Iterator[Patient]:
+def as_patient(config: Config, task: Task, recipe: Recipe, seed: int) -> Iterator[Patient]:
     """With an engine that is opened when something is to be run."""
     engines: list[Engine] = []
 

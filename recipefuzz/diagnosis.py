@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import linecache
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
+from recipefuzz.finding import plain
 from recipefuzz.recipe import Scalar
 
 
@@ -101,7 +101,7 @@ class Diagnosis:
             recipe: of the trial; each fix is given as a whole recipe.
         """
         fixes = [vars(f) | {"recipe": dict(recipe) | dict(f.values)} for f in self.fixes]
-        return _plain(vars(self) | {"source": self.source, "fixes": fixes})  # type: ignore[no-any-return]
+        return plain(vars(self) | {"source": self.source, "fixes": fixes})  # type: ignore[no-any-return]
 
     @classmethod
     def from_record(cls, record: Mapping[str, Any]) -> Diagnosis:
@@ -109,11 +109,3 @@ class Diagnosis:
         own = {f.name for f in fields(cls)}
         fixes = tuple(Fix(**{k: v for k, v in f.items() if k != "recipe"}) for f in record["fixes"])
         return cls(**{k: v for k, v in record.items() if k in own} | {"fixes": fixes, "chain": tuple(record["chain"])})
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {str(k): _plain(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(v) for v in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -21,11 +21,11 @@ PACKAGE = ROOT / "recipefuzz"
 LAYERS = (
     ("errors", "garbage"),
     ("recipe", "space", "trace", "atomic", "peak"),
-    ("evidence", "verdict", "result", "diagnosis", "ranking", "source", "axes", "config"),
+    ("evidence", "verdict", "result", "finding", "diagnosis", "ranking", "source", "axes", "config"),
     ("targets/",),
     ("engines/", "journal", "sampling", "store", "run_folder", "report/", "template"),
-    ("diagnose/",),
-    ("diagnosing", "searching", "judging"),
+    ("diagnose/", "checks/"),
+    ("diagnosing", "checking", "searching", "judging"),
     ("cli", "__init__", "__main__"),
 )
 PURE = 3  # layers from below that know neither torch nor optuna: their rules are tested in milliseconds

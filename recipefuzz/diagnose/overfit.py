@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import Subset
 
 from recipefuzz.diagnose.patient import Patient
 from recipefuzz.diagnose.relation import varied
@@ -21,7 +20,7 @@ from recipefuzz.engines.job import Job, Outcome
 from recipefuzz.engines.sequential import SequentialEngine
 from recipefuzz.evidence import below, skill_at_end
 from recipefuzz.recipe import Recipe, Scalar
-from recipefuzz.targets.task import DatasetRows, Rows, Task, TensorRows
+from recipefuzz.targets.task import Task, only
 from recipefuzz.verdict import Budget
 
 ROWS = 10
@@ -65,7 +64,7 @@ def overfit(patient: Patient) -> Overfit:
     """
     rows = patient.task.train
     index = varied(rows, ROWS).to(rows.index_device)
-    few = _only(rows, index)
+    few = only(rows, index)
     y = few.take(torch.arange(len(index), device=rows.index_device))[1]
     engine = SequentialEngine(replace(patient.task, train=few, test=few), Budget(STEPS, 0), patient.device)
     best = Overfit(math.nan, _goal(patient.task, y), patient.recipe, 0)
@@ -76,12 +75,6 @@ def overfit(patient: Patient) -> Overfit:
         if best.works:
             break
     return best
-
-
-def _only(rows: Rows, index: Tensor) -> Rows:
-    if isinstance(rows, DatasetRows):
-        return DatasetRows(Subset(rows.dataset, index.tolist()))
-    return TensorRows(*rows.take(index))
 
 
 def _goal(task: Task, y: Any) -> float:

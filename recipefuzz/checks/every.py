@@ -1,0 +1,40 @@
+"""All checks in the order in which they are made: what a later one rests on comes first."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from recipefuzz.checks import data
+from recipefuzz.diagnose.patient import Patient
+from recipefuzz.errors import RAISED, describe_exception
+from recipefuzz.finding import Finding, Level
+
+
+@dataclass(frozen=True)
+class Check:
+    """A check.
+
+    Attributes:
+        run: looks at a study's default recipe, which is a `Patient` like any trial.
+        cheap: costs less than a second on a small model: a search makes it first.
+    """
+
+    name: str
+    run: Callable[[Patient], list[Finding]]
+    cheap: bool = False
+
+
+CHECKS = (Check(data.NAME, data.check, cheap=True),)
+
+
+def findings(patient: Patient, *, cheap: bool = False) -> Iterator[Finding]:
+    """Of all checks, or of the cheap ones, one after the other. A check that raises is a finding, too."""
+    for check in CHECKS:
+        if cheap and not check.cheap:
+            continue
+        try:
+            yield from check.run(patient)
+        except RAISED as error:
+            seen = f"it could not be made: {describe_exception(error)}"
+            yield Finding(check.name, Level.WARN, seen, "look at that line: the user's code raised in a check")
