@@ -10,7 +10,7 @@ from typing import Any
 
 
 class Level(StrEnum):
-    PASS = "pass"
+    PASS = "pass"  # noqa: S105
     WARN = "warn"
     FAIL = "fail"
 
