@@ -21,11 +21,12 @@ from recipefuzz.engines.sequential import SequentialEngine
 from recipefuzz.evidence import below, skill_at_end
 from recipefuzz.recipe import Recipe, Scalar
 from recipefuzz.targets.task import Task, only
-from recipefuzz.verdict import Budget
+from recipefuzz.verdict import SOME, Budget
 
 ROWS = 10
 BY_HEART = 0.9  # skill: a tenth of what a constant leaves open
-HALF_WAY = 0.5  # where the least loss need not be 0: label smoothing, soft targets, a user's own loss with a penalty
+HALF_WAY = 0.5  # where the least loss need not be 0: label smoothing, soft targets
+ANY = SOME  # of a user's own loss, whose least value isn't known: that of a VAE is far above 0
 RATES = (1e-3, 1e-2, 1e-4, 1e-1)  # of Adam, likeliest first
 STEPS = 300
 
@@ -70,7 +71,7 @@ def overfit(patient: Patient) -> Overfit:
     best = Overfit(math.nan, _goal(patient.task, y), patient.recipe, 0)
     for runs, recipe in enumerate(_recipes(patient), start=1):
         skill = _skill(engine.train(Job(0, recipe, patient.seed, whole=True)))
-        better = replace(best, skill=skill, recipe=recipe) if not best.skill >= skill else best
+        better = replace(best, skill=skill, recipe=recipe) if skill > best.skill or math.isnan(best.skill) else best
         best = replace(better, runs=runs)
         if best.works:
             break
@@ -79,7 +80,9 @@ def overfit(patient: Patient) -> Overfit:
 
 def _goal(task: Task, y: Any) -> float:
     hard = isinstance(y, Tensor) and (not y.is_floating_point() or bool(((y == 0) | (y == 1)).all()))
-    return BY_HEART if task.loss_kind == "mse" or (task.loss_kind != "custom" and hard) else HALF_WAY
+    if task.loss_kind == "custom":
+        return ANY
+    return BY_HEART if task.loss_kind == "mse" or hard else HALF_WAY
 
 
 def _skill(outcome: Outcome) -> float:
