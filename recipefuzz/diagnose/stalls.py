@@ -54,7 +54,8 @@ def stalled(patient: Patient, outcome: Outcome) -> Diagnosis:
     if learnt is not None and learnt.works:
         found_fix = patient.remedied([learnt.remedy(patient.recipe)])
         fixes = tuple(sorted((*found_fix, *fixes), key=remedies.rank))
-    case = _Case(found, fixes, learnt, neighbours_skill(patient.task.train))
+    known = patient.task.loss_kind != "custom"  # whether the loss says how far a prediction is from its target
+    case = _Case(found, fixes, learnt, neighbours_skill(patient.task.train) if known else math.nan)
     root = root_of_stall(
         learnt=learnt is None or learnt.works,
         mended=case.mended,
@@ -75,7 +76,7 @@ class _Case:
 
     Attributes:
         learnt: the experiment with ten rows; None where another recipe converges on every seed, which shows as much.
-        related: how well the targets follow from the nearest rows.
+        related: how well the targets follow from the nearest rows; NaN if that says nothing of the loss.
     """
 
     found: Findings

@@ -121,7 +121,8 @@ def _direction(name: str, value: Scalar, recipe: Recipe) -> str:
 def settled(suspected: Sequence[str], fixes: Sequence[Fix], recipe: Recipe) -> str:
     """The cause, in this order: a suspect that a change confirmed, a symptom that is plain to see, what the mends say.
 
-    Too low a rate wins over vanishing gradients by a smaller change, suspected or not.
+    Too low a rate wins over vanishing gradients by a smaller change, suspected or not; if no higher one converges, it
+    is refuted.
     """
     working = [fix for fix in fixes if fix.verdict == Label.CONVERGING]
     ranks = {
@@ -133,7 +134,9 @@ def settled(suspected: Sequence[str], fixes: Sequence[Fix], recipe: Recipe) -> s
         return min(("vanishing_gradients", "lr_too_low"), key=lambda cause: ranks[cause])
     seen = [cause for cause in suspected if cause not in RATES]
     mending = sorted((cause for cause in BY_MEND if ranks[cause] < math.inf), key=lambda cause: ranks[cause])
-    return next(iter((*confirmed, *seen, *mending, *suspected)), "unknown")
+    refuted = "lr_too_low" if fixes else ""
+    left = (cause for cause in suspected if cause != refuted)
+    return next(iter((*confirmed, *seen, *mending, *left)), "unknown")
 
 
 def root_of_stall(*, learnt: bool, mended: bool, related: float, generalizes: bool, broken: bool) -> Root:
