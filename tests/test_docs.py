@@ -19,7 +19,7 @@ from recipefuzz.verdict import Label
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-COMMANDS = ("pip install . && recipefuzz search studies/quickstart.yaml", "pip install '.[test]' && pytest")
+COMMANDS = ("pip install . && recipefuzz search studies/quickstart.yaml", "pip install '.[test]' && pytest -n auto")
 
 
 @pytest.mark.parametrize("command", COMMANDS)
