@@ -143,7 +143,7 @@ def diagnose(
     config: Annotated[str, typer.Argument(metavar="CONFIG", help="A config, or a run's folder or name.")],
     trial: Annotated[int | None, typer.Option(help="A trial of the run, by its number.")] = None,
     changes: Annotated[list[str] | None, typer.Option("--set", help="axis=value, over the config's recipe.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Instead of the config's.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Instead of the config's.", min=0)] = None,
     workers: Annotated[str | None, typer.Option(help="auto, or a number of worker processes.")] = None,
     save: Annotated[Path | None, typer.Option(help="Write a config that reproduces this one trial.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of lines.")] = False,
@@ -159,14 +159,24 @@ def diagnose(
     from recipefuzz.source import parse_settings
 
     study = load_config(Path(config)) if Path(config).is_file() else RunFolder.find(config).load_config()
-    found = run_diagnosis(study.but(workers=workers), changes=parse_settings(changes or []), trial=trial, seed=seed)
-    if save is not None:
-        write_atomically(save, found.as_config())
+    if save is not None and not save.parent.is_dir():
+        raise InputError(
+            "can't write a config there", place=Place(key="--save"), found=save, expected="an existing folder"
+        )
+    found = run_diagnosis(
+        study.but(workers=workers),
+        changes=parse_settings(changes or []),
+        trial=trial,
+        seed=seed,
+        say=lambda line: typer.echo(f"{line} ...", err=True),
+    )
     if as_json:
         typer.echo(json.dumps(found.record(), indent=1))
     else:
         threshold = str(found.shrunk or "")
         console().print(diagnosed(found.diagnosis, found.recipe.values(), found.seed, threshold))
+    if save is not None:
+        write_atomically(save, found.as_config())
 
 
 @app.command()

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -25,6 +25,7 @@ from recipefuzz.recipe import AXES, Recipe, Scalar
 from recipefuzz.result import Phase, TrialResult
 from recipefuzz.run_folder import RunFolder
 from recipefuzz.source import Source, write_yaml
+from recipefuzz.space import Choice
 from recipefuzz.targets.resolve import resolve
 from recipefuzz.targets.task import Task
 from recipefuzz.verdict import Label
@@ -64,6 +65,7 @@ def diagnose(
     changes: Mapping[str, Scalar] | None = None,
     trial: int | None = None,
     seed: int | None = None,
+    say: Callable[[str], None] = lambda _: None,
 ) -> Diagnosed:
     """Explain the config's default recipe, or a trial of its run; either with some values changed.
 
@@ -71,6 +73,7 @@ def diagnose(
         changes: axes and their values.
         trial: number of a search trial in the config's run folder.
         seed: instead of the config's.
+        say: hears what is being done.
 
     Raises:
         InputError: no such trial, an unknown axis, a value that an axis does not take.
@@ -89,35 +92,41 @@ def diagnose(
     _check_axes(task, config, changes or {})
     try_step(task, config, recipe)
     seed = config.trial.seed if seed is None else seed
-    with as_patient(config, task, recipe, seed) as patient:
+    with as_patient(config, task, recipe, seed, say) as patient:
         found = diagnose_trial(patient)
         return Diagnosed(config, recipe, seed, found, _shrunk(patient, found, stored))
 
 
-def diagnose_stored(config: Config, task: Task, result: TrialResult, engine: Engine) -> Diagnosis:
-    """Explain a finished trial of a search that is still open.
-
-    Args:
-        engine: the search's; nothing else is under way in it.
-    """
-    device = torch.device(pick_device(config))
-    return diagnose_trial(Patient(config, task, result.recipe, result.seed, device, lambda jobs: run(engine, jobs)))
+def diagnose_stored(
+    config: Config, task: Task, results: Sequence[TrialResult], say: Callable[[str], None]
+) -> Iterator[tuple[TrialResult, Diagnosis]]:
+    """Explain finished trials of a run, at least one, one after the other."""
+    with as_patient(config, task, results[0].recipe, results[0].seed, say) as patient:
+        for result in results:
+            yield result, diagnose_trial(replace(patient, recipe=result.recipe, seed=result.seed))
 
 
 @contextmanager
-def as_patient(config: Config, task: Task, recipe: Recipe, seed: int) -> Iterator[Patient]:
-    """With an engine that is opened when something is to be run."""
+def as_patient(
+    config: Config, task: Task, recipe: Recipe, seed: int, say: Callable[[str], None] = lambda _: None
+) -> Iterator[Patient]:
+    """With an engine that is opened when something is to be run.
+
+    Changed recipes get two budgets at most, where a trial may have more: one that needs longer to show that it
+    converges is no fix to recommend, and most of the time would go to those that never do.
+    """
+    brief = config.trial.model_copy(update={"extend": min(config.trial.extend, 1)})
+    study = config.model_copy(update={"trial": brief})
     engines: list[Engine] = []
 
     def run_all(jobs: Sequence[Job]) -> Iterable[Outcome]:
         if not engines:
-            engines.append(
-                open_engine(config, task, lambda _: None, of_recipes([job.recipe for job in jobs]), recipe=recipe)
-            )
+            ahead = of_recipes([job.recipe for job in jobs])
+            engines.append(open_engine(study, task, lambda _: None, ahead, recipe=recipe))
         return run(engines[0], jobs)
 
     try:
-        yield Patient(config, task, recipe, seed, torch.device(pick_device(config)), run_all)
+        yield Patient(config, task, recipe, seed, torch.device(pick_device(config)), run_all, say)
     finally:
         for engine in engines:
             engine.close()
@@ -144,7 +153,11 @@ def _shrunk(patient: Patient, found: Diagnosis, stored: Sequence[TrialResult]) -
     if found.root != Root.RECIPE or found.verdict == Label.CONVERGING:
         return None
     safe = _nearest(patient, stored) or (patient.recipe.but(**found.fix.values) if found.fix else None)
-    return None if safe is None else shrink(patient.recipe, safe, patient.fails)
+    if safe is None:
+        return None
+    patient.say("looking for the value that is to blame, and from where on it fails")
+    choices = [name for name, axis in patient.config.axes.axes if isinstance(axis, Choice)]
+    return shrink(patient.recipe, safe, patient.fails, choices)
 
 
 def _nearest(patient: Patient, stored: Sequence[TrialResult]) -> Recipe | None:

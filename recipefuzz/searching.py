@@ -140,7 +140,7 @@ def search(
         try:
             _explore(config, study, engine, listener)
             _confirm(config, study, engine, listener)
-            _diagnose(config, task, folder, study, engine, listener)
+            _diagnose(config, task, folder, study, listener)
         except BaseException:
             with contextlib.suppress(RunFailedError):  # a full disk: the first error is the one to show
                 _report(folder, config, study)
@@ -228,18 +228,18 @@ def _confirm(config: Config, study: StudySearch, engine: Engine, listener: Liste
         _record(config, study, outcomes, Phase.CONFIRM, listener)
 
 
-def _diagnose(
-    config: Config, task: Task, folder: RunFolder, study: StudySearch, engine: Engine, listener: Listener
-) -> None:
+def _diagnose(config: Config, task: Task, folder: RunFolder, study: StudySearch, listener: Listener) -> None:
     """Explain one representative of each of the most frequent kinds of failure."""
     failing = [b for b in buckets(study.results, config.axes) if b.verdict != ERROR][: config.search.diagnose]
     known = folder.diagnoses()
     examples = [b.example for b in failing if b.example.trial not in known]
-    if examples:
-        what = f"{len(examples)} kinds of failure" if len(examples) > 1 else "the failures"
-        listener.say(f"explaining {what}: one trial of each is replayed, and changes of its recipe are run")
-    for example in examples:
-        known[example.trial] = diagnose_stored(config, task, example, engine)
+    if not examples:
+        return
+    what = f"{len(examples)} kinds of failure" if len(examples) > 1 else "the failures"
+    listener.say(f"explaining {what}: one trial of each is replayed, and changes of its recipe are run")
+    for example, found in diagnose_stored(config, task, examples, lambda _: None):
+        listener.say(f"  trial {example.trial}: {found.cause or found.verdict}")
+        known[example.trial] = found
         folder.keep(known)
 
 

@@ -281,7 +281,7 @@ def test_what_exploded(health, values, expected):
     assert found in EXPLOSIONS
 
 
-SICK = but(SOUND, swell=100.0)
+SICK, EXPLODED = but(SOUND, swell=20.0), but(SOUND, swell=100.0)
 
 
 @pytest.mark.parametrize(
@@ -301,6 +301,8 @@ SICK = but(SOUND, swell=100.0)
         ("log_of_zero", SICK, False, False, False, Root.CODE),  # nothing else helps either
         ("log_of_zero", SICK, False, True, False, Root.RECIPE),
         ("division_by_zero", SICK, None, True, False, Root.RECIPE),
+        ("exp_overflow", EXPLODED, True, True, False, Root.RECIPE),  # a line that is mended hides where the weights are
+        ("exp_overflow", EXPLODED, True, False, False, Root.CODE),
     ],
 )
 def test_the_root(cause, health, mended, remedied, in_half, root):

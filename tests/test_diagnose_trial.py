@@ -161,7 +161,7 @@ def test_a_trial_explained(name, write_study):
 def test_numbers_of_the_step_are_in_the_explanation(write_study):
     text = diagnose(write_study(LOG, more(4, lr=0.02))).diagnosis.explanation
     assert "log at case.py:" in text
-    assert "in parts.size gave inf in 1 of 4 elements, given 4x1 float32, 0 to 2.57, 1 of 4 zero" in text
+    assert "in parts.size gave -inf in 1 of 4 elements, given 4x1 float32, 0 to 2.57, 1 of 4 zero" in text
     assert "training row 7;" in text
 
 

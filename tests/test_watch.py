@@ -781,7 +781,7 @@ def test_what_the_error_says(tmp_path):
           fix:      keep the divisor away from zero: add an epsilon (x / (d + 1e-8)), or clamp it
 
           ratio = model(x) / y
-          div at train.py:16 gave inf in 1 of 16 elements, given 16x1 float32, -1.87 to -1.07; 16x1 float32, 0 to 0.915, 1 of 16 zero (at the first bad element: -1.355, 0); before it the weights were 1.16 times their first size and the loss -2.85 (at first 1.35)
+          div at train.py:16 gave -inf in 1 of 16 elements, given 16x1 float32, -1.87 to -1.07; 16x1 float32, 0 to 0.915, 1 of 16 zero (at the first bad element: -1.355, 0); before it the weights were 1.16 times their first size and the loss -2.85 (at first 1.35)
           from there: mean at train.py:17"""
     )
 

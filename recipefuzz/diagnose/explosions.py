@@ -11,7 +11,8 @@ from recipefuzz.trace import LEAST_NORM, Trace
 from recipefuzz.verdict import SWOLLEN
 
 ADAPTIVE = ("adam", "adamw", "rmsprop")  # they move every weight by about lr, however large the gradient
-THROWN = 1.0  # update, relative to the weights, that replaces them rather than changes them
+THROWN = 3.0  # update, relative to the weights, that replaces them: first steps from small initial weights reach 1 or 2
+EXPLODED = 100.0  # growth of the weights that no training has that is going anywhere
 BURST = 30.0  # times the usual gradient norm, from weights that were still of their usual size
 HOT = 1e3  # times the constant's loss that an initial loss shows activations out of range
 
@@ -62,7 +63,12 @@ class Health:
         if self.step == 1:
             return not self.hot
         grown = self.loss > 10 * max(abs(self.first_loss), abs(self.constant) if np.isfinite(self.constant) else 0.0)
-        return self.swell < 10 and self.thrown < 10 and not grown
+        return self.swell < 10 and self.thrown < THROWN and not grown
+
+    @property
+    def exploded(self) -> bool:
+        """The weights had left all bounds before: the operation that failed is where a divergence ended."""
+        return self.swell >= EXPLODED
 
     @property
     def hot(self) -> bool:

@@ -79,7 +79,8 @@ class History:
         """How training was before a step; the weights are as that step found them."""
         burst = max(self._sizes) / max(median(np.array(self._sizes)), LEAST_NORM) if self._sizes else 1.0
         swell = self._parameter_norm() / max(self._weight, LEAST_NORM)
-        return Health(step, swell, self._first_loss, self._loss, math.nan, 0.0, burst)
+        thrown = (swell - 1) / max(1, step - 1)  # of the largest update this is the least that it can have been
+        return Health(step, swell, self._first_loss, self._loss, math.nan, thrown, burst)
 
 
 def _gradients(parameters: Sequence[Tensor]) -> list[Tensor]:

@@ -41,6 +41,9 @@ def not_finite(patient: Patient, outcome: Outcome) -> Diagnosis:
     """Where the first value that is not finite came from, why, and what mends it."""
     assert outcome.trace.first_bad is not None
     health = Health.of(outcome.trace, outcome.baseline)
+    patient.say(
+        f"not finite at step {outcome.trace.first_bad}: replaying up to there, with that step's operations watched"
+    )
     failure = first_failure(
         patient.task,
         patient.recipe,
@@ -75,7 +78,7 @@ def _explained(patient: Patient, failure: Failure, health: Health) -> Diagnosis:
     mended: bool | None = None
     if cause == OVERFLOW:
         fixes = _recipe_fixes(patient)
-        working = frozenset(a for f in fixes if f.verdict == Label.CONVERGING and len(f.values) == 1 for a in f.values)
+        working = remedies.working_alone(fixes)
         phase = failure.origin.event.spot.phase if failure.origin.event else "forward"
         recipe = patient.recipe
         cause = explosion(
@@ -85,9 +88,9 @@ def _explained(patient: Patient, failure: Failure, health: Health) -> Diagnosis:
         mended = patient.converges(_without_bad_rows(patient.task))
     elif failure.origin.event is not None:
         mended = _with_line_mended(patient, failure)
-        if not (mended or health.sound) or patient.recipe.precision != "fp32":
+        if health.exploded or not (mended or health.sound) or patient.recipe.precision != "fp32":
             fixes = _recipe_fixes(patient)
-    remedied = any(f.verdict == Label.CONVERGING for f in fixes)
+    remedied = any(f.verdict == Label.CONVERGING or (health.exploded and f.verdict != Label.NAN) for f in fixes)
     root = root_of(cause, health, mended=mended, remedied=remedied, in_half=patient.recipe.precision != "fp32")
     return diagnosis_of(failure, health, cause, root, mended, fixes if root is Root.RECIPE else ())
 

@@ -129,7 +129,8 @@ class LoopWatch:
     def _find(self, frame: FrameType | None, symptom: str) -> Diagnosis:
         model = getattr(self._model, "_orig_mod", self._model)  # of a compiled one
         number, optimizer = self.steps + (not self._in_closure), type(self._optimizer).__name__.lower()
-        step = Step(model, self._moment, frame, number, optimizer, user_place(self._update), self._staged)
+        rate = float(self._optimizer.param_groups[0]["lr"])
+        step = Step(model, self._moment, frame, number, optimizer, rate, user_place(self._update), self._staged)
         return diagnose(step, self._history.health(number), symptom)
 
     @contextmanager

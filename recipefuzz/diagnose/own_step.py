@@ -24,6 +24,7 @@ from recipefuzz.diagnose.replay import Failure, watched_step
 from recipefuzz.diagnose.rerun import Rerun, calls, meeting, rerun_of, user_place
 from recipefuzz.diagnose.roots import root_of
 from recipefuzz.diagnose.tensors import is_finite, storage
+from recipefuzz.diagnose.wording import ADVICE_FOR_RECIPE
 from recipefuzz.diagnosis import Diagnosis, Root
 from recipefuzz.errors import NonFiniteError, Place
 from recipefuzz.verdict import SWOLLEN, Label
@@ -83,6 +84,7 @@ class Step:
         frame: the function that has called `backward()`.
         number: of the step, counted from 1.
         optimizer: in lower case, such as "adamw".
+        rate: its learning rate.
         update: file and line of the optimizer's last step; ("", 0) before the first.
         staged: makes the watch's hooks follow a stage.
     """
@@ -92,6 +94,7 @@ class Step:
     frame: FrameType | None
     number: int
     optimizer: str
+    rate: float
     update: tuple[str, int]
     staged: Callable[[Stage], AbstractContextManager[None]]
 
@@ -218,13 +221,14 @@ def _explained(step: Step, failure: Failure, health: Health) -> Diagnosis:
     cause = cause_of(origin)
     if cause == OVERFLOW:
         phase = origin.event.spot.phase if origin.event else "optimizer"
-        kept = frozenset({"clip_norm"} if health.swell < SWOLLEN else ())
-        cause = explosion(phase, health, step.optimizer, 1.0, recurrent=failure.recurrent, mended_by=kept)
+        sudden = frozenset({"clip_norm"} if health.swell < SWOLLEN else ())  # what clipping would have held
+        cause = explosion(phase, health, step.optimizer, 1.0, recurrent=failure.recurrent, mended_by=sudden)
         if updated and health.sound and any(_is_half(p) for p in step.moment.parameters):
             cause = "half_precision_overflow"
-    root = root_of(cause, health, mended=None, remedied=not health.sound, in_half=True)
+    root = root_of(cause, health, mended=None, remedied=not health.sound, in_half=torch.is_autocast_enabled())
     named = replace(origin, outside=_words(step, failure))
     found = diagnosis_of(replace(failure, origin=named), health, cause, root)
+    found = replace(found, advice=found.advice or f"{ADVICE_FOR_RECIPE} (it is {step.rate:.3g} now, {step.optimizer})")
     if not updated:
         return found
     file, line = step.update

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
@@ -32,6 +32,7 @@ class Patient:
 
     Attributes:
         run: trains changed recipes, side by side where that pays.
+        say: hears what is being done.
     """
 
     config: Config
@@ -40,6 +41,7 @@ class Patient:
     seed: int
     device: torch.device
     run: Runner
+    say: Callable[[str], None] = field(default=lambda _: None)
 
     @property
     def budget(self) -> Budget:
@@ -56,7 +58,8 @@ class Patient:
             rows = engine.rows_of(self.recipe)
             try:
                 constant = Baselines(task, self.device).of(self.recipe)
-            except NoBaselineError:
+            except NoBaselineError as error:
+                self.say(f"skill can't be measured: {error}")
                 constant = Constant(float("nan"))
             job = Job(0, self.recipe, self.seed, whole=True)
             return train(task, job, self.budget, self.device, rows, constant)
@@ -69,7 +72,7 @@ class Patient:
     @cached_property
     def applies(self) -> Applies:
         x, y = self.task.train.take(torch.arange(1))
-        targets = isinstance(y, Tensor) and y.is_floating_point() and self.task.loss_kind == "mse"
+        targets = isinstance(y, Tensor) and y.is_floating_point() and self.task.loss_kind in ("mse", "custom")
         return Applies(self._has_norm(), isinstance(x, Tensor) and x.is_floating_point(), targets)
 
     def _has_norm(self) -> bool:
@@ -91,10 +94,11 @@ class Patient:
         return outcome.verdict is not None and outcome.verdict.label is Label.CONVERGING
 
     def fails(self, recipes: Sequence[Recipe]) -> list[bool]:
-        """Whether each of some recipes does not converge with the trial's seed."""
+        """Whether each of some recipes does not converge with the trial's seed; one that can't be run tells nothing."""
         jobs = [Job(i, recipe, self.seed, whole=True) for i, recipe in enumerate(recipes)]
-        good = {o.job.key for o in self.run(jobs) if o.verdict is not None and o.verdict.label is Label.CONVERGING}
-        return [i not in good for i in range(len(recipes))]
+        labels = {o.job.key: o.verdict.label for o in self.run(jobs) if o.verdict is not None}
+        return [labels.get(i, Label.CONVERGING) is not Label.CONVERGING for i in range(len(recipes))]
 
     def remedied(self, changes: Sequence[remedies.Remedy]) -> tuple[Fix, ...]:
+        self.say(f"running {len(changes)} changes of the recipe, and those that converge on further seeds")
         return remedies.tried(self.recipe, self.seed, changes, self.run)

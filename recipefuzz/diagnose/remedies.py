@@ -6,13 +6,12 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from recipefuzz.diagnosis import Fix
+from recipefuzz.diagnosis import SEEDS, Fix
 from recipefuzz.engines.job import Job, Outcome
 from recipefuzz.evidence import skill_at_end
 from recipefuzz.recipe import Recipe, Scalar, shown
 from recipefuzz.verdict import Label
 
-SEEDS = 3  # runs that a fix must pass: one may be luck
 CONFIRMED = 6  # smallest working changes that are run on further seeds; the others are reported with one
 DOWN = (3.0, 10.0, 30.0, 100.0)
 SCALES = (3.0, 10.0, 100.0)
@@ -138,8 +137,12 @@ def tried(recipe: Recipe, seed: int, remedies: Sequence[Remedy], run: Runner) ->
 
 def rank(fix: Fix) -> tuple[bool, bool]:
     """Those that passed on all seeds, then those that converged at all; else as they were."""
-    confirmed = fix.seeds == SEEDS and fix.works
-    return not confirmed, fix.verdict != Label.CONVERGING
+    return not fix.works, fix.verdict != Label.CONVERGING
+
+
+def working_alone(fixes: Iterable[Fix]) -> frozenset[str]:
+    """The axes whose change alone was seen to make a recipe converge."""
+    return frozenset(a for f in fixes if f.verdict == Label.CONVERGING and len(f.values) == 1 for a in f.values)
 
 
 def _run(recipe: Recipe, remedies: Sequence[Remedy], seeds: Iterable[int], run: Runner) -> dict[int, list[Outcome]]:

@@ -12,12 +12,13 @@ def root_of(cause: str, health: Health, *, mended: bool | None, remedied: bool, 
     """Where the fault lies.
 
     That another recipe trains proves little by itself: many bugs hide under a smaller step. An operation that is
-    singular at its input is the code's, unless it was reached at the end of a divergence, keeping it away from there
-    does not make the same recipe train, and another recipe does.
+    singular at its input is the code's, unless it was reached at the end of a divergence and another recipe mends that:
+    of weights that had exploded it is enough that they don't; else keeping the operation away from its singular point
+    must not make the same recipe train, and another recipe must.
 
     Args:
         mended: whether the same recipe trains with the one operation kept off its singular point; None if not tried.
-        remedied: whether a change of the recipe alone trains.
+        remedied: whether a change of the recipe alone trains; of weights that had exploded, whether it stays finite.
         in_half: whether half precision is the recipe's choice.
     """
     if cause == "data_nonfinite":
@@ -26,6 +27,6 @@ def root_of(cause: str, health: Health, *, mended: bool | None, remedied: bool, 
         return Root.RECIPE
     if cause == "half_precision_overflow":
         return Root.RECIPE if in_half else Root.CODE
-    if mended or health.sound or not remedied:
+    if not remedied:
         return Root.CODE
-    return Root.RECIPE
+    return Root.RECIPE if health.exploded or not (mended or health.sound) else Root.CODE

@@ -7,7 +7,7 @@ debugging: Zeller and Hildebrandt, IEEE TSE 28(2), 2002), and the threshold of w
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from recipefuzz.recipe import Recipe, Scalar, shown
@@ -46,14 +46,15 @@ class Shrunk:
         return text + (f" when {' and '.join(others)}" if others else "")
 
 
-def shrink(failing: Recipe, safe: Recipe, fails: FailsAt) -> Shrunk | None:
+def shrink(failing: Recipe, safe: Recipe, fails: FailsAt, choices: Collection[str] = ()) -> Shrunk | None:
     """Which values of `failing` make `safe` fail, and the threshold of the first of them that is a number.
 
     Args:
         fails: whether each of some recipes fails; they are run side by side.
+        choices: axes that don't take the numbers between two of their values.
 
     Returns:
-        None if the two differ in nothing, or the values that are different don't fail together.
+        None if the two differ in nothing.
     """
     bad, good = failing.values(), safe.values()
     blamed = {name: value for name, value in bad.items() if good.get(name) != value}
@@ -61,7 +62,8 @@ def shrink(failing: Recipe, safe: Recipe, fails: FailsAt) -> Shrunk | None:
         return None
     blamed = _minimal(blamed, safe, fails)
     kept = {name: good.get(name) for name in blamed}
-    axis = next((n for n in blamed if _is_number(blamed[n]) and _is_number(kept[n])), "")
+    numbers = (n for n in blamed if n not in choices and _is_number(blamed[n]) and _is_number(kept[n]))
+    axis = next(numbers, "")
     if not axis:
         return Shrunk(blamed, kept)
     low, high = _bracket(axis, blamed, safe, fails)
@@ -86,11 +88,12 @@ def _minimal(blamed: dict[str, Scalar], safe: Recipe, fails: FailsAt) -> dict[st
 def _bracket(axis: str, blamed: Mapping[str, Scalar], safe: Recipe, fails: FailsAt) -> tuple[float, float]:
     """The nearest values on the way from the safe one to the failing one that converge and fail."""
     low, high = float(safe.values()[axis] or 0.0), float(blamed[axis] or 0.0)
+    whole = all(isinstance(value, int) for value in (safe.values()[axis], blamed[axis]))
     for _ in range(ROUNDS):
-        points = _between(low, high, whole=isinstance(blamed[axis], int))
+        points = _between(low, high, whole=whole)
         if not points:
             break
-        failed = fails([safe.but(**{**blamed, axis: p}) for p in points])
+        failed = fails([safe.but(**{**blamed, axis: round(p) if whole else p}) for p in points])
         first = next((i for i, f in enumerate(failed) if f), len(points))
         ends = [low, *points, high]
         low, high = ends[first], ends[first + 1]

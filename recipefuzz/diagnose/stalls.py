@@ -128,7 +128,7 @@ def _of_recipe(patient: Patient, outcome: Outcome, case: _Case, suspected: tuple
     if not step:
         return settled(suspected, case.fixes, recipe)
     until = Trace(**{name: getattr(outcome.trace, name)[:step] for name in COLUMNS})
-    working = frozenset(a for f in case.fixes if f.verdict == Label.CONVERGING and len(f.values) == 1 for a in f.values)
+    working = remedies.working_alone(case.fixes)
     health = Health.of(until, outcome.baseline)
     return explosion("forward", health, recipe.optimizer, recipe.init_scale, recurrent=False, mended_by=working)
 

@@ -16,7 +16,7 @@ from recipefuzz.diagnose.explosions import ADAPTIVE
 from recipefuzz.diagnose.signals import Signals
 from recipefuzz.diagnosis import Fix, Root
 from recipefuzz.recipe import Recipe, Scalar
-from recipefuzz.verdict import LEARNED, SOME, SWOLLEN, VANISHED, Label
+from recipefuzz.verdict import SOME, SWOLLEN, VANISHED, Label
 
 DEAD = 0.9  # share of a layer's units, from which next to nothing passes it
 SATURATED = 0.5  # share of a layer's outputs: most of them, most of the time
@@ -153,9 +153,7 @@ def root_of_stall(*, learnt: bool, mended: bool, related: float, generalizes: bo
         return Root.CODE
     if mended or broken:
         return Root.RECIPE if generalizes else Root.DATA
-    if related < SOME:
-        return Root.DATA
-    return Root.CODE if related >= LEARNED else Root.RECIPE  # what neighbours find under every recipe, a model misses
+    return Root.DATA if related < SOME else Root.RECIPE
 
 
 def cause_in_code(start: Signals) -> str:

@@ -9,11 +9,14 @@ from recipefuzz.diagnose.nonfinite import ahead, not_finite, of_data
 from recipefuzz.diagnose.patient import Patient
 from recipefuzz.diagnose.stalls import stalled
 from recipefuzz.diagnosis import Diagnosis, Root
+from recipefuzz.engines.baselines import Baselines
 from recipefuzz.engines.harmful_rows import harmful_rows
 from recipefuzz.errors import RAISED, RunFailedError, describe_exception
+from recipefuzz.targets.baseline import NoBaselineError, UnboundedLossError
 from recipefuzz.verdict import Label
 
 UNBOUNDED = "look for a missing minus sign, or a loss of logits where it wants probabilities (nll_loss: log_softmax)"
+UNJUDGED = "not judged"  # in the place of a verdict
 
 
 def diagnose_trial(patient: Patient) -> Diagnosis:
@@ -24,6 +27,7 @@ def diagnose_trial(patient: Patient) -> Diagnosis:
     """
     if finding := harmful_rows(patient.task, patient.recipe, patient.seed):
         return of_data(patient, finding)
+    patient.say("training the trial to the end of its budget")
     try:
         outcome = patient.train()
     except RAISED as error:
@@ -32,9 +36,20 @@ def diagnose_trial(patient: Patient) -> Diagnosis:
     if outcome.verdict.label is Label.NAN:
         return not_finite(patient, outcome)
     if math.isnan(outcome.baseline):
-        text = "the trial stays finite, but can't be judged: over constant predictions the loss has no finite minimum"
-        return Diagnosis("", Root.CODE, "unknown", explanation=text, advice=UNBOUNDED)
+        return _of_no_skill(patient)
     if outcome.verdict.label is Label.STALLED:
         return stalled(patient, outcome)
     hazard = hazard_of(patient)
     return ahead(hazard, outcome) if hazard else Diagnosis(outcome.verdict.label, explanation=outcome.verdict.reason)
+
+
+def _of_no_skill(patient: Patient) -> Diagnosis:
+    """A trial that stays finite under a loss that has no zero of skill: without a minimum, it is the code."""
+    try:
+        Baselines(patient.task, patient.device).of(patient.recipe)
+    except NoBaselineError as error:
+        unbounded = isinstance(error, UnboundedLossError)
+        text = f"the trial stays finite, but can't be judged: {error}"
+        root, cause, advice = (Root.CODE, "unknown", UNBOUNDED) if unbounded else ("", "", "")
+        return Diagnosis(UNJUDGED, root, cause, explanation=text, advice=advice)
+    raise AssertionError("a loss with a minimum has a zero of skill")

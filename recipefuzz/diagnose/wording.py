@@ -18,7 +18,8 @@ ADVICE = {
     "keep the argument off the edge with clamp; torch.where afterwards does not help, since 0 * inf is NaN",
     "domain_error": "the argument has left the function's domain, often by rounding alone: clamp it, as in "
     "x.clamp(min=0).sqrt() or x.clamp(-1 + 1e-6, 1 - 1e-6).acos()",
-    "exp_overflow": "subtract the maximum first, or use the stable form: softmax, log_softmax, logsumexp, softplus",
+    "exp_overflow": "bound the exponent (logvar.clamp(-10, 10), or softplus for a scale); before a normalizing sum, "
+    "subtract the maximum, or use the stable form: softmax, log_softmax, logsumexp",
     "empty_reduction": "nothing is left to average: skip such batches or divide by clamp(min=1); "
     "std(unbiased=False) for a single element; drop_last=True for a last partial batch",
     "fully_masked_softmax": "a row whose every entry is masked has no softmax: mask with a large negative number "
@@ -29,6 +30,7 @@ ADVICE = {
     "bfloat16",
 }
 
+ADVICE_FOR_RECIPE = "lower the learning rate, clip the gradient's norm, or scale inputs and initial weights down"
 MENDED = {  # by whether it was the data
     True: "without those rows the same recipe converges",
     False: "with this operation kept off its singular point, the same recipe converges",
@@ -61,7 +63,7 @@ def happened(origin: Origin, cause: str, step: int, symptom: str, rows: tuple[in
 
 def _what(event: Event) -> str:
     result = next(r for r in event.results if not r.finite)
-    kind = "NaN" if result.nans else "inf"
+    kind = "NaN" if result.nans else "inf" if result.positive else "-inf"
     count = result.nans or result.infinite
     return f"{kind} in {count} of {result.size} elements" if result.size > 1 else kind
 

@@ -13,7 +13,7 @@ from recipefuzz.recipe import Recipe, Scalar, shown
 from recipefuzz.verdict import Label
 
 SHOWN = 3  # changes of the recipe beside the recommended one
-STYLES = {Label.NAN: "bold red", Label.STALLED: "bold yellow", Label.CONVERGING: "bold green"}
+STYLES: dict[str, str] = {Label.NAN: "bold red", Label.STALLED: "bold yellow", Label.CONVERGING: "bold green"}
 NAMES = {Root.RECIPE: "the recipe", Root.CODE: "a bug in the code", Root.DATA: "the data"}
 
 
@@ -39,11 +39,13 @@ def _told(recipe: Mapping[str, Scalar]) -> str:
 
 def _head(found: Diagnosis) -> Text:
     if not found.cause:
-        return Text(f"{found.verdict}: nothing to mend", style=STYLES[Label.CONVERGING])
+        healthy = found.verdict == Label.CONVERGING
+        text = f"{found.verdict}: nothing to mend" if healthy else found.verdict
+        return Text(text, style=STYLES[Label.CONVERGING] if healthy else "bold")
     at = f" at step {found.step}" if found.step else ""
     blame = NAMES.get(Root(found.root), "") if found.root else ""
-    style = STYLES.get(Label(found.verdict), "") if found.verdict else ""
-    return Text(f"{found.verdict}{at}: {found.cause}" + (f", {blame}" if blame else ""), style=style)
+    name = found.verdict or "the held-out rows"
+    return Text(f"{name}{at}: {found.cause}" + (f", {blame}" if blame else ""), style=STYLES.get(found.verdict, "bold"))
 
 
 def _rows(found: Diagnosis, threshold: str) -> list[tuple[str, str]]:
@@ -65,7 +67,11 @@ def _mended(found: Diagnosis) -> list[tuple[str, str]]:
     if found.root != Root.RECIPE:
         return [("fix", f"no recipe fixes it: {found.advice}" if found.advice else "no recipe fixes it")]
     if found.fix is None:
-        return [("fix", f"none of {len(found.fixes)} changes of the recipe that were run converges on every seed")]
+        text = f"none of {len(found.fixes)} changes of the recipe that were run converges on every seed"
+        finite = [f for f in found.fixes if f.verdict != Label.NAN]
+        if found.verdict == Label.NAN and finite:
+            text += f"; {len(finite)} stay finite, the smallest: {finite[0].change}"
+        return [("fix", text)]
     others = [f for f in found.fixes if f.works and f is not found.fix][:SHOWN]
     failed = sum(f.verdict != Label.CONVERGING for f in found.fixes)
     also = "; ".join(map(_fix, others))

@@ -38,6 +38,10 @@ class NoBaselineError(ValueError):
     """No constant prediction is the best one: trials of this task can be run, but not judged."""
 
 
+class UnboundedLossError(NoBaselineError):
+    """Over constant predictions the loss falls without end."""
+
+
 @dataclass(frozen=True)
 class Constant:
     """The best constant prediction for a set of targets.
@@ -137,7 +141,9 @@ def _minimized(task: Task, rows: Rows, batch_size: int, outputs: Outputs) -> Con
     found = [minimum for average in averages if (minimum := _lowest(average, outputs.like)) is not None]
     bounded = [minimum for minimum in found if minimum.bounded]
     if not bounded:
-        raise NoBaselineError(NO_BOUND if found else "the loss is not finite for any constant output")
+        if found:
+            raise UnboundedLossError(NO_BOUND)
+        raise NoBaselineError("the loss is not finite for any constant output")
     lowest = min(bounded, key=lambda minimum: minimum.loss)
     return Constant(lowest.loss, output=lowest.output)
 
