@@ -525,7 +525,7 @@ def study(write_study, tmp_path, monkeypatch):
         "space": SPACE,
         "trial": {"steps": 60, "batch_size": 8},
         "search": {"trials": 8, "sampler": "random", "confirm": {"top": 1, "seeds": 2}},
-        "run": {"workers": 0},
+        "run": {"workers": 0, "engine": "sequential"},  # `auto` picks by timing, and engines round otherwise
     }
     return write_study("", yaml.dump(parts))
 
