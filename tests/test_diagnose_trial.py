@@ -568,7 +568,15 @@ def test_a_search_explains_its_failures_and_keeps_what_it_found(study, monkeypat
         assert RunFolder(result.folder).diagnoses() == {}
     assert cli("report", str(result.folder))[0] == 0
     assert "root" in pd.read_csv(result.folder / "failures.csv")
-    assert recipefuzz.search(study).diagnoses == result.diagnoses
+    assert told_of(recipefuzz.search(study).diagnoses) == told_of(result.diagnoses)
+
+
+def told_of(diagnoses: dict[int, Diagnosis]) -> dict[int, object]:
+    """All but the skills of runs that blew up, which rounding decides."""
+    return {
+        number: (d.cause, d.root, d.phase, d.op, d.step, d.fix, [(f.change, f.verdict) for f in d.fixes])
+        for number, d in diagnoses.items()
+    }
 
 
 def test_no_failure_is_explained_where_none_is_wanted(study):
