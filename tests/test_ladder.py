@@ -97,7 +97,7 @@ def test_rungs_are_names_or_models_with_arguments(tmp_path: Path) -> None:
 
 
 BAD = {
-    "no list": ("rnn", r"study.yaml:2: ladder: a list belongs here(.|\n)*found: +rnn(.|\n)*ladder: \[\{model: rnn"),
+    "no list": ("rnn", r"study.yaml:2: ladder: a list belongs here(.|\n)*found: +rnn(.|\n)*: \[\{model: rnn"),
     "unknown key": ("[{modle: rnn}]", r"study.yaml:2: ladder\[0\].(model|modle): (.|\n)*"),
     "typo beside": ("[{model: rnn, args: {}}]", r"ladder\[0\].args: unknown key 'args'\n +expected: model, model_args"),
     "no model": ("[rnn, {model_args: {depth: 1}}]", r"the key 'ladder\[1\].model' is missing(.|\n)*built-in model"),
