@@ -104,7 +104,7 @@ def _memorizing(c: Curves) -> tuple[Name, str] | None:
     last = len(c.at) - 1
     learned = c.train(last).high < c.baseline - SOME * c.scale
     best = float(c.means.min())
-    if not learned or best < c.baseline - SHOWN * c.scale or not _sure(c.gap(last), SOME * c.scale):
+    if not learned or best < c.baseline - SOME * c.scale or not _sure(c.gap(last), SOME * c.scale):
         return None
     words = f"memorizing: train {c.train(last).mean:.3g}, held-out never below {best:.3g}"
     return Name.MEMORIZING, f"{words}; a constant prediction has {c.baseline:.3g}"
