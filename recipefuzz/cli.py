@@ -117,24 +117,63 @@ def run_recipes(
 def check(
     config: ConfigPath,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON list instead of lines.")] = False,
+    picture: Annotated[Path | None, typer.Option(help="Also save the loss curves as a picture (SVG).")] = None,
 ) -> None:
     """Is it the recipe at all? What an experienced person looks at first: data, code, gradients, loss curves."""
     import json
 
     from recipefuzz.checking import check as run_checks
+    from recipefuzz.checks import loss_curves
     from recipefuzz.config import load_config
     from recipefuzz.finding import Level, worst
     from recipefuzz.report.checked import checked
-    from recipefuzz.report.terminal import console
+    from recipefuzz.report.terminal import console, drawing
 
-    screen, found = console(), []
-    for finding in run_checks(load_config(config)):
+    study, screen, found = load_config(config), console(), []
+    for finding in run_checks(study):
         found.append(finding)
+        if picture is not None and finding.check == loss_curves.NAME:
+            write_atomically(picture, drawing(checked(finding), f"recipefuzz check {study.study}"))
         if not as_json:
             screen.print(checked(finding))
     if as_json:
         typer.echo(json.dumps([finding.record() for finding in found], indent=1))
     if worst(found) is Level.FAIL:
+        raise typer.Exit(EXIT_BAD_ANSWER)
+
+
+@app.command()
+def ladder(
+    config: ConfigPath,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Start anew; existing runs are put aside.")] = False,
+    workers: Annotated[str | None, typer.Option(help="auto, or a number of worker processes.")] = None,
+) -> None:
+    """Check and search the config's models from the simplest to the real one; the first that fails is where to look."""
+    with imports_kept():
+        from recipefuzz.config import load_config
+        from recipefuzz.engines.pool import warm_up
+        from recipefuzz.report.laddered import climbed, summary
+        from recipefuzz.report.progress import Progress
+        from recipefuzz.report.terminal import console
+
+        study = load_config(config).but(workers=workers)
+        warm_up()
+        from recipefuzz.laddering import ladder as climb
+
+    out, rungs = console(), []
+    progress = Progress(out, study.axes.names)
+    try:
+        for rung in climb(study, fresh=fresh, listener=progress):
+            progress.close()
+            out.print(climbed(rung))
+            rungs.append(rung)
+    except KeyboardInterrupt:
+        out.print(f"interrupted; everything finished so far is kept. Go on with: recipefuzz ladder {config}")
+        raise
+    finally:
+        progress.close()
+    out.print(summary(rungs))
+    if rungs[-1].winner is None:
         raise typer.Exit(EXIT_BAD_ANSWER)
 
 

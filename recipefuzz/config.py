@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, ValidationError
 
@@ -78,6 +78,18 @@ class TargetConfig(_Section):
     model_args: Arguments = {}
 
 
+def _rung(value: object) -> object:
+    """A bare name is a model without arguments."""
+    return {"model": value} if isinstance(value, str) else value
+
+
+class RungConfig(_Section):
+    """One model of the ladder; data and loss are those of the target."""
+
+    model: str
+    model_args: Arguments = {}
+
+
 class TrialConfig(_Section):
     """One short run."""
 
@@ -122,7 +134,10 @@ class RunConfig(_Section):
 
 
 class Config(_Section):
-    """A whole study. Without a name it is called like its file; `base` is where import paths are looked up first."""
+    """A whole study. Without a name it is called like its file; `base` is where import paths are looked up first.
+
+    `ladder` holds models from the simplest to the real one.
+    """
 
     study: Annotated[str, Field(pattern=rf"^{STUDY_NAME}$")] = "study"
     target: TargetConfig
@@ -131,6 +146,7 @@ class Config(_Section):
     trial: TrialConfig = TrialConfig()
     search: SearchConfig = SearchConfig()
     run: RunConfig = RunConfig()
+    ladder: tuple[Annotated[RungConfig, BeforeValidator(_rung)], ...] = ()
     base: str | None = None
 
     _source: Source = PrivateAttr(default_factory=Source)
@@ -241,11 +257,16 @@ def _first_fault(error: ValidationError, source: Source) -> InputError:
             detail=others,
         )
     if first["type"] == "missing":
-        expected = MEANING.get(dotted(path), "")
+        expected = _meaning(path)
         return InputError(f"the key {dotted(path)!r} is missing", place=place, expected=expected, detail=others)
     found = {None: "null", True: "true", False: "false"}[first["input"]] if _is_word(first["input"]) else first["input"]
-    expected = ", ".join(_known_keys(path)) if first["type"] == "model_type" else MEANING.get(dotted(path), "")
+    expected = ", ".join(_known_keys(path)) if first["type"] == "model_type" else _meaning(path)
     return InputError(_sentence(first), place=place, found=found, expected=expected, detail=others)
+
+
+def _meaning(path: KeyPath) -> str:
+    """Of a key, whichever item of a list it stands in."""
+    return MEANING.get(dotted(tuple(part for part in path if isinstance(part, str))), "")
 
 
 def _is_word(value: Any) -> bool:
@@ -269,6 +290,8 @@ def _sentence(fault: Any) -> str:
         return "unknown key"
     if fault["type"] in ("model_type", "dict_type"):
         return "a section of keys belongs here"
+    if fault["type"] == "tuple_type":
+        return "a list belongs here"
     text = str(fault["msg"]).removeprefix("Value error, ")
     return text[:1].lower() + text[1:]
 
@@ -280,7 +303,8 @@ def _brief(fault: Any, source: Source) -> str:
 def _known_keys(path: KeyPath) -> list[str]:
     section: Any = Config
     for part in path:
-        section = section.model_fields[part].annotation
+        section = get_args(section)[0] if isinstance(part, int) else section.model_fields[part].annotation
+        section = get_args(section)[0] if get_origin(section) is Annotated else section
     return list(section.model_fields)
 
 
@@ -294,6 +318,9 @@ MEANING = {
     "target.loss": 'cross_entropy, mse, bce, or "module:loss"',
     "target.data_args": ARGUMENTS,
     "target.model_args": ARGUMENTS,
+    "ladder": "models from the simplest to the real one: [{model: rnn, model_args: {depth: 1}}, {model: lstm}]",
+    "ladder.model": 'a built-in model, or "module:build"',
+    "ladder.model_args": ARGUMENTS,
     "trial.steps": "an integer, 20 or more: optimizer steps of one short trial",
     "trial.batch_size": "an integer, 1 or more",
     "trial.seed": "an integer, 0 or more",

@@ -21,11 +21,11 @@ PACKAGE = ROOT / "recipefuzz"
 LAYERS = (
     ("errors", "garbage"),
     ("recipe", "space", "trace", "atomic", "peak"),
-    ("evidence", "verdict", "result", "finding", "diagnosis", "ranking", "source", "axes", "config"),
+    ("evidence", "verdict", "result", "finding", "diagnosis", "ranking", "source", "axes", "config", "narrowing"),
     ("targets/",),
-    ("engines/", "journal", "sampling", "store", "run_folder", "report/", "template"),
+    ("engines/", "journal", "sampling", "store", "run_folder", "rung", "report/", "template"),
     ("diagnose/", "checks/"),
-    ("diagnosing", "checking", "searching", "judging"),
+    ("diagnosing", "checking", "searching", "laddering", "judging"),
     ("cli", "__init__", "__main__"),
 )
 PURE = 3  # layers from below that know neither torch nor optuna: their rules are tested in milliseconds

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from recipefuzz.checks import data
+from recipefuzz.checks import data, loss_curves
 from recipefuzz.diagnose.patient import Patient
 from recipefuzz.errors import RAISED, describe_exception
 from recipefuzz.finding import Finding, Level
@@ -25,13 +25,20 @@ class Check:
     cheap: bool = False
 
 
-CHECKS = (Check(data.NAME, data.check, cheap=True),)
+CHECKS = (
+    Check(data.NAME, data.check, cheap=True),
+    Check(loss_curves.NAME, loss_curves.check),
+)
 
 
-def findings(patient: Patient, *, cheap: bool = False) -> Iterator[Finding]:
-    """Of all checks, or of the cheap ones, one after the other. A check that raises is a finding, too."""
+def findings(patient: Patient, *, cheap: bool = False, also: tuple[str, ...] = ()) -> Iterator[Finding]:
+    """Of all checks, or of the cheap ones, one after the other. A check that raises is a finding, too.
+
+    Args:
+        also: names of checks that are made whether they are cheap or not.
+    """
     for check in CHECKS:
-        if cheap and not check.cheap:
+        if cheap and not check.cheap and check.name not in also:
             continue
         try:
             yield from check.run(patient)

@@ -16,7 +16,7 @@ from recipefuzz.diagnosis import Fix
 from recipefuzz.engines import prepare
 from recipefuzz.engines.baselines import Baselines
 from recipefuzz.engines.job import Job, Outcome
-from recipefuzz.engines.sequential import SequentialEngine, one_thread, train
+from recipefuzz.engines.sequential import Look, SequentialEngine, one_thread, train
 from recipefuzz.errors import RAISED
 from recipefuzz.recipe import Recipe
 from recipefuzz.targets.baseline import Constant, NoBaselineError
@@ -47,10 +47,13 @@ class Patient:
     def budget(self) -> Budget:
         return Budget(self.config.trial.steps, self.config.trial.extend)
 
-    def train(self, task: Task | None = None) -> Outcome:
+    def train(self, task: Task | None = None, look: Look | None = None) -> Outcome:
         """The trial itself to the end of its short budget, in this process; or the same on a changed task.
 
         Where no constant prediction has a finite loss, skill can't be measured; NaN still shows.
+
+        Args:
+            look: is shown the model at every checkpoint.
         """
         task = task or self.task
         engine = SequentialEngine(task, self.budget, self.device)
@@ -62,7 +65,7 @@ class Patient:
                 self.say(f"skill can't be measured: {error}")
                 constant = Constant(float("nan"))
             job = Job(0, self.recipe, self.seed, whole=True)
-            return train(task, job, self.budget, self.device, rows, constant)
+            return train(task, job, self.budget, self.device, rows, constant, look)
 
     @cached_property
     def rows(self) -> Rows:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -33,6 +33,7 @@ from recipefuzz.verdict import Budget, judge
 
 HELDOUT_ROWS = 2048  # held-out rows an evaluation reads at most: the loss is then right to about 2 %
 HELDOUT_BATCH = 512
+Look = Callable[[Task, nn.Module, int], None]  # the trial's task and model after so many steps
 
 
 class Stepper:
@@ -78,12 +79,14 @@ def train(
     device: torch.device,
     rows: tuple[Rows, Rows],
     constant: Constant,
+    look: Look | None = None,
 ) -> Outcome:
     """Run one trial until its verdict is known.
 
     Args:
         rows: training and held-out rows on the device, scaled as the recipe says.
         constant: the best constant prediction, from which skill is counted.
+        look: is shown the model at every checkpoint where all is finite, and leaves it and random states as they are.
 
     Raises:
         Exception: whatever the user's model, loss or data raise.
@@ -100,6 +103,8 @@ def train(
             trace = trace.extended(_chunk(task, stepper, train_rows, batches, constant))
             if trace.first_bad is None and budget.evaluates_at(end):
                 trace = trace.evaluated(evaluate(task, model, test_rows, device))
+            if trace.first_bad is None and look is not None:
+                look(task, model, end)
             verdict = judge(trace, constant.loss, budget, whole=job.whole)
             if verdict is not None:
                 break

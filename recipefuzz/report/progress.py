@@ -42,6 +42,8 @@ class Progress:
     def begin(self, phase: Phase, done: Iterable[TrialResult], total: int) -> None:
         self._stop()
         self._reset(phase, total)
+        if phase is Phase.SEARCH:  # the next of several searches
+            self._best = None
         for result in done:
             self._count(result)
         if self._done:
