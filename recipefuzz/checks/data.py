@@ -45,11 +45,13 @@ def _problems(patient: Patient, train: Part, test: Part) -> Iterator[Problem]:
 
 def _not_finite(patient: Patient) -> Iterator[Problem]:
     harmful = harmful_rows(patient.task, patient.recipe, patient.seed)
+    known = True  # they are tried in this order, up to the first that does harm
     for finding in patient.task.non_finite:
         seen, evidence = f"{finding}: {finding.found}", {"not_finite": finding.count, "row": finding.row}
         if finding == harmful:
             yield Problem(Level.FAIL, seen, "drop or fill those rows in load()", evidence)
-        elif harmful is None:
+            known = False
+        elif known:
             yield Problem(Level.PASS, f"{seen}, which do no harm: model or loss leaves them out", "", evidence)
         else:
             yield Problem(Level.WARN, seen, "look whether model or loss leaves them out", evidence)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,11 +16,14 @@ from torch.utils._pytree import tree_leaves
 from recipefuzz.checks.untrained import Untrained, few, untrained
 from recipefuzz.diagnose.patient import Patient
 from recipefuzz.engines import prepare
+from recipefuzz.engines.dropout import SeededDropout
 from recipefuzz.finding import Finding, Level
 
 NAME = "parameters"
+ROWS = 64  # a batch, at most
 STEPS = 4  # a branch that starts at zero (LoRA, the last gain of a residual block) passes a gradient from the 2nd on
 RATE = 1e-3  # of Adam: every weight moves, and none far
+WATCHED = 2  # steps in which each operation is looked at: what both use was not made in one of them
 TINY_BATCH = 4  # rows: Wu & He 2018 (arXiv:1803.08494), figure 1: from 8 down batch norm loses accuracy, at 4 badly
 
 
@@ -42,12 +46,18 @@ def _all_well(model: nn.Module) -> Finding:
     count, numbers = 0, 0
     for parameter in model.parameters():
         count, numbers = count + 1, numbers + parameter.numel()
-    drops = [name for name, m in model.named_modules() if isinstance(m, _DropoutNd) and m.p > 0]
+    drops = [name for name, m in model.named_modules() if _drops(m)]
     norms = [name for name, m in model.named_modules() if isinstance(m, _BatchNorm)]
     told = [f"{few(names)} ({kind})" for names, kind in ((drops, "dropout"), (norms, "batch norm")) if names]
     text = f"all {count} ({numbers} numbers) receive gradient"
     text += f"; training and eval mode differ by {' and '.join(told)}" if told else ""
     return Finding(NAME, Level.PASS, text, evidence={"parameters": count, "numbers": numbers})
+
+
+def _drops(module: nn.Module) -> bool:
+    if isinstance(module, nn.RNNBase):
+        return module.dropout > 0
+    return isinstance(module, (_DropoutNd, SeededDropout)) and module.p > 0
 
 
 # which parameters take part
@@ -89,14 +99,17 @@ def _take_part(seen: Untrained) -> _Parts:
     optimizer = prepare.build_optimizer(
         prepare.trainable(seen.model), seen.recipe.but(optimizer="adam", lr=RATE, weight_decay=None, precision="fp32")
     )
-    watches, reached, moved = [], set(), set()
+    watches: list[_Operands] = []
+    reached, moved = set[str](), set[str]()
     for step in range(STEPS):
-        x, y = seen.batch(step)
+        x, y = seen.batch(step, ROWS)
         optimizer.zero_grad()
-        watches.append(_Operands())
-        with watches[-1]:
+        watch = _Operands()
+        with watch if step < WATCHED else nullcontext():
             loss = seen.task.loss(seen.model(x), y)
         loss.backward()
+        if step < WATCHED:
+            watches.append(watch)
         reached |= {name for name, p in named.items() if p.grad is not None}
         moved |= {name for name, p in named.items() if p.grad is not None and bool((p.grad != 0).any())}
         optimizer.step()
@@ -105,7 +118,7 @@ def _take_part(seen: Untrained) -> _Parts:
 
 
 def _outside(seen: Untrained, watches: list[_Operands]) -> Iterator[str]:
-    """Where tensors that every step used, and that are no parameters, are held."""
+    """Where tensors that all watched steps used, and that are no parameters, are held."""
     own = {id(p) for p in seen.model.parameters()}
     kept = set.intersection(*(set(watch.leaves) for watch in watches))  # not made anew in each step, as an input is
     held = dict(_held(seen.model, "")) | dict(_held(seen.task.loss, "loss"))
@@ -188,7 +201,7 @@ def _in_eval_mode(model: Any) -> list[str]:
     """Layers that behave otherwise in training, and are not in training mode."""
     if not isinstance(model, nn.Module):
         return []
-    return [n for n, m in model.named_modules() if isinstance(m, (_DropoutNd, _BatchNorm)) and not m.training]
+    return [n for n, m in model.named_modules() if (_drops(m) or isinstance(m, _BatchNorm)) and not m.training]
 
 
 def _modes(model: nn.Module, evaluating: list[str], batch_size: int) -> Iterator[Finding]:

@@ -30,14 +30,14 @@ class Untrained:
     rows: Rows
     device: torch.device
 
-    def batch(self, number: int = 0) -> tuple[Any, Any]:
+    def batch(self, number: int = 0, most: int = ROWS) -> tuple[Any, Any]:
         """Rows that are evenly spread over the training set and finite, as far as there are any; others each time.
 
         Of a user's own loss, which may depend on the batch size, at most as many as in a batch.
         """
         bad = {row for f in self.task.non_finite if f.name.endswith("_train") for row in f.rows}
         good = torch.tensor([i for i in range(len(self.rows)) if i not in bad] or [0]) if bad else None
-        most = min(ROWS, self.recipe.batch_size) if self.task.loss_kind == "custom" else ROWS
+        most = min(most, self.recipe.batch_size) if self.task.loss_kind == "custom" else most
         n = len(self.rows) if good is None else len(good)
         spread = (torch.arange(min(n, most)) * n // min(n, most) + number) % n
         index = spread if good is None else good[spread]
