@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from recipefuzz.checks import data, loss_curves
+from recipefuzz.checks import data, determinism, initial_loss, loss_curves, parameters
 from recipefuzz.diagnose.patient import Patient
 from recipefuzz.errors import RAISED, describe_exception
 from recipefuzz.finding import Finding, Level
@@ -27,6 +27,9 @@ class Check:
 
 CHECKS = (
     Check(data.NAME, data.check, cheap=True),
+    Check(initial_loss.NAME, initial_loss.check, cheap=True),
+    Check(parameters.NAME, parameters.check, cheap=True),
+    Check(determinism.NAME, determinism.check),
     Check(loss_curves.NAME, loss_curves.check),
 )
 
