@@ -1,4 +1,4 @@
-"""The checks of the backward pass: planted bugs are named, healthy twins are not."""
+"""The checks of gradients, of ten rows by heart, of the relation: planted bugs are named, healthy twins are not."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ import pytest
 import torch
 from torch import nn
 
-from recipefuzz.checks import gradients
+from recipefuzz.checks import gradients, overfit, relation
+from recipefuzz.checks.recital import recital
+from recipefuzz.diagnose.held_out import follows
 from recipefuzz.diagnose.patient import Patient
 from recipefuzz.diagnose.slopes import DOUBLE, SINGLE, slope
 from recipefuzz.diagnosing import as_patient
@@ -310,6 +312,21 @@ def test_state_from_call_to_call_is_told(patient_of):
     assert "two forward passes" in finding.seen
 
 
+def test_iterations_that_a_module_makes_in_training_alone_are_told(patient_of):
+    torch.manual_seed(1)
+
+    def build():
+        layer = torch.nn.utils.parametrizations.spectral_norm(nn.Linear(8, 8), n_power_iterations=1)
+        with torch.no_grad():  # far from converged
+            layer.parametrizations.weight[0]._u.copy_(nn.functional.normalize(torch.ones(8), dim=0))
+        return stack(layer)
+
+    finding = found(patient_of(build))
+    assert finding.level is Level.WARN
+    assert "module 2.parametrizations.weight.0 (_SpectralNorm)" in finding.seen
+    assert "only in training mode" in finding.seen
+
+
 def test_a_loss_that_is_not_finite_is_told(patient_of):
     finding = found(patient_of(stack, loss=lambda o, t: (o - t).square().mean() * math.inf))
     assert (finding.level, "can't be compared" in finding.seen) == (Level.WARN, True)
@@ -362,3 +379,90 @@ def test_a_kink_makes_the_error_large():
 
 def test_a_step_function_is_flat():
     assert slope(lambda t: float(t > 2), 1.0, DOUBLE).flat
+
+
+# ten rows by heart, and whether targets follow
+
+
+def built_in(write_study, data, model, more=""):
+    loss = "mse" if data in MSE else "cross_entropy"
+    return write_study(data=data, model=model, loss=loss, more=more)
+
+
+@pytest.mark.parametrize(
+    ("data", "model"), [("digits", "mlp"), ("wine", "mlp"), ("diabetes", "mlp"), ("adding", "gru"), ("text", "rnn")]
+)
+def test_built_in_models_learn_ten_rows(write_study, data, model):
+    config = built_in(write_study, data, model)
+    with as_patient(config, resolve(config), config.default_recipe(), 0) as patient:
+        (finding,) = overfit.check(patient)
+    assert finding.level is Level.PASS, finding.seen
+    curve, head, *rows = finding.lines
+    assert curve.startswith("loss ")
+    assert head.split()[:3] == ["row", "target", "predicted"]
+    assert len(rows) == 10
+    if data == "digits":
+        assert [line.split()[1] for line in rows] == [line.split()[2] for line in rows]
+
+
+def test_code_that_can_not_learn_ten_rows_fails_with_its_table(patient_of, monkeypatch):
+    monkeypatch.setattr("recipefuzz.diagnose.overfit.STEPS", 40)
+    (finding,) = overfit.check(patient_of(lambda: nn.Sequential(stack(), nn.Hardtanh(-20, -10))))
+    assert finding.level is Level.FAIL
+    assert "under any of 8 recipes" in finding.seen
+    assert "suspect the code or the labels" in finding.todo
+    assert finding.evidence["cause"] == "cannot_overfit"
+    assert len(finding.lines) == 12
+
+
+def test_shuffled_labels_are_learned_by_heart_and_do_not_follow(patient_of, monkeypatch):
+    monkeypatch.setattr("recipefuzz.diagnose.overfit.STEPS", 100)
+    order = torch.randperm(len(X), generator=torch.Generator().manual_seed(4))
+    patient = patient_of(stack, y=Y[order], optimizer="adam", lr=0.01)
+    assert overfit.check(patient)[0].level is Level.PASS
+    (finding,) = relation.check(patient)
+    assert finding.level is Level.WARN
+    assert "labels can be learned by heart at best: they don't follow from the inputs" in finding.seen
+    assert relation.check(patient_of(stack))[0].level is Level.PASS
+
+
+@pytest.mark.parametrize("data", ["digits", "wine", "breast_cancer", "diabetes", "text", "adding"])
+def test_targets_of_built_in_data_follow_and_shuffled_ones_do_not(write_study, data):
+    model = {"text": "rnn", "adding": "rnn"}.get(data, "mlp")
+    rows = resolve(built_in(write_study, data, model)).train
+    shuffled = rows.y[torch.randperm(len(rows.y), generator=torch.Generator().manual_seed(1))]
+    assert follows(rows) > 2 * relation.CLEAR
+    assert follows(TensorRows(rows.x, shuffled)) < relation.CLEAR
+
+
+def test_a_relation_that_simple_learners_miss_is_shown_by_the_model(patient_of, monkeypatch):
+    monkeypatch.setattr("recipefuzz.checks.relation.follows", lambda _: 0.5)
+    (finding,) = relation.check(patient_of(stack, optimizer="adam", lr=0.01))
+    assert (finding.level, "the model predicts held-out rows" in finding.seen) == (Level.PASS, True)
+
+
+def test_rows_that_are_not_finite_or_few_are_left_out():
+    x = X.clone()
+    x[3, 2] = math.nan
+    assert follows(TensorRows(x, Y)) > relation.CLEAR
+    assert math.isnan(follows(TensorRows(X[:50], Y[:50])))
+    assert follows(TensorRows(X * 0, Y)) < relation.CLEAR
+
+
+LOGITS = torch.tensor([[9.0, 0.0], [0.0, 9.0]])
+
+
+@pytest.mark.parametrize(
+    ("output", "y", "kind", "table"),
+    [
+        (LOGITS, torch.tensor([0, 0]), "cross_entropy", ["1    0       0          1.000", "2    0       1          1.000"]),
+        (LOGITS, torch.tensor([0, 0]), "custom", ["1    0       0", "2    0       1"]),
+        (LOGITS, torch.tensor([[0.5, 1], [2, 3]]), "mse", ["1    0.5 1   9 0", "2    2 3     0 9"]),
+        (LOGITS[:, :1], torch.tensor([1, 0]), "bce", ["1    1       0.9999", "2    0       0.5"]),
+        (LOGITS.expand(1, 2, 2), torch.tensor([[0, -100]]), "cross_entropy", ["1    0 -     0 1        1 of 1"]),
+        (torch.zeros(1, 20), torch.zeros(1, 20), "mse", ["1    " + 2 * "0 0 0 0 0 0 0 0 ...  "]),
+        ((LOGITS,), torch.tensor([0, 0]), "custom", []),
+    ],
+)  # fmt: skip
+def test_recital(output, y, kind, table):
+    assert [line.rstrip() for line in recital(output, y, kind)[1:]] == [line.rstrip() for line in table]

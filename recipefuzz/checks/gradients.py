@@ -57,9 +57,32 @@ def _finding(subject: Subject) -> Finding:
     wrong = [c for c in compared if c.wrong(subject.precision)]
     if wrong:
         culprits += _modules(subject, calls, {c.module for c in culprits})
+    if wrong and culprits and _iterates(subject, culprits):
+        return _iterating(culprits, wrong, compared)
     if wrong or culprits:
         return _bad(compared, wrong, culprits)
     return _good(subject, [*compared, *(c for found in functions.values() for c in found)], len(groups), len(functions))
+
+
+def _iterates(subject: Subject, culprits: list[Culprit]) -> bool:
+    """Whether the parts that are wrong write buffers of their own in training, and are right in eval mode.
+
+    A spectral norm does one step of its power iteration in each forward pass, without a gradient: what it gives for
+    other weights is not what its gradient says, and that is meant.
+    """
+    written = subject.written()
+    if not all(c.module and any(b.startswith(c.module + ".") for b in written) for c in culprits):
+        return False
+    subject.model.eval()
+    again = compare(subject.value, subject.groups(), subject.precision)
+    subject.model.train()
+    return not any(c.wrong(subject.precision) for c in again)
+
+
+def _iterating(culprits: list[Culprit], wrong: list[Compared], compared: list[Compared]) -> Finding:
+    seen = f"{culprits[0]}, but only in training mode, in which it writes its buffers"
+    todo = "right if it iterates, as a spectral norm does; else look there for buffers that need a gradient"
+    return Finding(NAME, Level.WARN, seen, todo, _table(compared, wrong))
 
 
 def _compared(subject: Subject, module: str, kind: Kind, calls: Calls) -> list[Compared]:

@@ -1,4 +1,4 @@
-"""Whether the targets follow from the inputs: labels that are shuffled can be learned by heart, and help on no new row."""
+"""Whether the targets follow from the inputs: shuffled labels can be learned by heart, and help on no other row."""
 
 from __future__ import annotations
 

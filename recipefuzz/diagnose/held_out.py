@@ -12,6 +12,7 @@ from recipefuzz.diagnose.relation import NEIGHBOURS, as_numbers
 from recipefuzz.targets.task import Rows, some_rows
 
 ROWS = 2000  # half of them learned from: a system of a thousand equations
+LEAST = 100  # rows: a relation that explains a fifth of the spread then stands out
 RIDGES = (1e-2, 1.0)  # relative to the mean variance of the rows' products: nearly least squares, and heavily shrunk
 
 
@@ -21,13 +22,15 @@ def follows(rows: Rows) -> float:
     The learners are the five nearest rows and ridge regression, weak and strong; each learns from every other row and
     predicts the rest, and the other way round. What counts is the covariance of predictions and targets, which is 0 in
     the mean where the targets do not follow, however badly scaled the predictions are. Where a row has a target at
-    each position, position by position. NaN where inputs or targets are not one tensor.
+    each position, position by position. NaN where inputs or targets are not one tensor, or rows are few.
     """
     x, y = rows.take(some_rows(rows, ROWS).to(rows.index_device))
     if not (isinstance(x, Tensor) and isinstance(y, Tensor)):
         return math.nan
     features, targets = _pairs(x.cpu(), y.cpu())
-    if len(features) < 4 * NEIGHBOURS:
+    finite = features.isfinite().all(1) & targets.isfinite().all(1)
+    features, targets = _standardized(features[finite]), _standardized(targets[finite])
+    if len(features) < LEAST:
         return math.nan
     even = torch.arange(len(features)) % 2 == 0
     predicted: list[list[Tensor]] = [[], [], []]
@@ -50,14 +53,13 @@ def _standard_errors(products: Tensor) -> float:
 
 
 def _pairs(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    """Features (N, F), standardized, and targets (N, columns) in units of their spread."""
+    """Features (N, F) and targets (N, columns), as numbers."""
     if not x.is_floating_point():
         x = functional.one_hot((x - x.min()).long()).double() if int(x.max() - x.min()) < ROWS else x.double()
     if y.dim() > 1 and not y.is_floating_point() and x.shape[: y.dim()] == y.shape:  # positions
         some = torch.linspace(0, y.numel() - 1, min(ROWS, y.numel())).long()
         x, y = x.flatten(0, y.dim() - 1)[some], y.flatten()[some]
-    flat, targets = x.double().reshape(len(x), -1), as_numbers(y)
-    return _standardized(flat), _standardized(targets)
+    return x.double().reshape(len(x), -1), as_numbers(y)
 
 
 def _standardized(values: Tensor) -> Tensor:

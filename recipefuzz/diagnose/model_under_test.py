@@ -61,6 +61,19 @@ class Subject:
                 buffer.data.copy_(old)
         return value
 
+    def written(self) -> set[str]:
+        """Buffers of numbers that a forward pass in training mode writes."""
+        before = {name: b.clone() for name, b in self.model.named_buffers() if b.is_floating_point()}
+        changed: set[str] = set()
+
+        def run() -> Tensor:
+            value = self.loss(self.model(self.x), self.y)
+            changed.update(n for n, b in self.model.named_buffers() if n in before and not torch.equal(b, before[n]))
+            return value
+
+        self.again(run)
+        return changed
+
     def groups(self) -> dict[str, list[Tensor]]:
         """Trainable parameters by the module that owns them, and those of the loss."""
         found = owned(self.model)
