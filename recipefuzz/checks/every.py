@@ -5,7 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from recipefuzz.checks import data, determinism, initial_loss, loss_curves, parameters
+from recipefuzz.checks import (
+    data,
+    determinism,
+    gradients,
+    initial_loss,
+    loss_curves,
+    overfit,
+    parameters,
+    relation,
+)
 from recipefuzz.diagnose.patient import Patient
 from recipefuzz.errors import RAISED, describe_exception
 from recipefuzz.finding import Finding, Level
@@ -29,7 +38,10 @@ CHECKS = (
     Check(data.NAME, data.check, cheap=True),
     Check(initial_loss.NAME, initial_loss.check, cheap=True),
     Check(parameters.NAME, parameters.check, cheap=True),
+    Check(gradients.NAME, gradients.check),
     Check(determinism.NAME, determinism.check),
+    Check(overfit.NAME, overfit.check),
+    Check(relation.NAME, relation.check),
     Check(loss_curves.NAME, loss_curves.check),
 )
 

@@ -16,11 +16,13 @@ from torch import Tensor
 from recipefuzz.diagnose.patient import Patient
 from recipefuzz.diagnose.relation import varied
 from recipefuzz.diagnose.remedies import Remedy
+from recipefuzz.diagnose.replay import replaying
 from recipefuzz.engines.job import Job, Outcome
 from recipefuzz.engines.sequential import SequentialEngine
 from recipefuzz.evidence import below, skill_at_end
 from recipefuzz.recipe import Recipe, Scalar
-from recipefuzz.targets.task import Task, only
+from recipefuzz.result import CURVE_POINTS
+from recipefuzz.targets.task import Rows, Task, only
 from recipefuzz.verdict import SOME, Budget
 
 ROWS = 10
@@ -41,12 +43,14 @@ class Overfit:
         goal: skill from which the rows count as known by heart.
         recipe: of that run.
         runs: that were made: it ends with the first that learns the rows.
+        curve: of that run's loss, in 32 stretches.
     """
 
     skill: float
     goal: float
     recipe: Recipe
     runs: int
+    curve: tuple[float, ...] = ()
 
     @property
     def works(self) -> bool:
@@ -63,19 +67,45 @@ def overfit(patient: Patient) -> Overfit:
 
     Costs at most eight runs of 300 steps on batches of no more than 32 rows, in this process.
     """
-    rows = patient.task.train
-    index = varied(rows, ROWS).to(rows.index_device)
-    few = only(rows, index)
-    y = few.take(torch.arange(len(index), device=rows.index_device))[1]
-    engine = SequentialEngine(replace(patient.task, train=few, test=few), Budget(STEPS, 0), patient.device)
+    task = _on_few_rows(patient.task)
+    y = _all(task.train)[1]
+    engine = SequentialEngine(task, Budget(STEPS, 0), patient.device)
     best = Overfit(math.nan, _goal(patient.task, y), patient.recipe, 0)
     for runs, recipe in enumerate(_recipes(patient), start=1):
-        skill = _skill(engine.train(Job(0, recipe, patient.seed, whole=True)))
-        better = replace(best, skill=skill, recipe=recipe) if skill > best.skill or math.isnan(best.skill) else best
+        outcome = engine.train(Job(0, recipe, patient.seed, whole=True))
+        skill, curve = _skill(outcome), tuple(outcome.trace.curve(CURVE_POINTS))
+        better = best
+        if skill > best.skill or math.isnan(best.skill):
+            better = replace(best, skill=skill, recipe=recipe, curve=curve)
         best = replace(better, runs=runs)
         if best.works:
             break
     return best
+
+
+def recited(patient: Patient, found: Overfit) -> tuple[Any, Any]:
+    """What the model gives for the rows at the end of the best run, and their targets; both as the recipe scales them.
+
+    In training or in eval mode, as the loss is lower. Costs that run once more.
+    """
+    task = _on_few_rows(patient.task)
+    rows = SequentialEngine(task, Budget(STEPS, 0), patient.device).rows_of(found.recipe)[0]
+    x, y = _all(rows)
+    with replaying(task, found.recipe, patient.seed, patient.device, rows) as replay, torch.no_grad():
+        with torch.enable_grad():
+            replay.run(STEPS)
+        outputs = [replay.model.train(mode)(x) for mode in (True, False)]
+        losses = [float(replay.task.loss(output, y)) for output in outputs]
+        return outputs[0 if losses[0] < losses[1] else 1], y
+
+
+def _on_few_rows(task: Task) -> Task:
+    few = only(task.train, varied(task.train, ROWS).to(task.train.index_device))
+    return replace(task, train=few, test=few)
+
+
+def _all(rows: Rows) -> tuple[Any, Any]:
+    return rows.take(torch.arange(len(rows), device=rows.index_device))
 
 
 def _goal(task: Task, y: Any) -> float:

@@ -23,7 +23,7 @@ def explainable(rows: Rows) -> float:
     x, y = _taken(rows)
     if not (isinstance(x, Tensor) and isinstance(y, Tensor)):
         return math.nan
-    targets = _numbers(y)
+    targets = as_numbers(y)
     total = (targets - targets.mean(0)).square().sum()
     group = torch.unique(x.reshape(len(x), -1), dim=0, return_inverse=True)[1]
     sums = torch.zeros(int(group.max()) + 1, targets.shape[1], dtype=targets.dtype, device=x.device)
@@ -59,7 +59,7 @@ def _occurrence(values: Tensor) -> Tensor:
     return found
 
 
-def _numbers(y: Tensor) -> Tensor:
+def as_numbers(y: Tensor) -> Tensor:
     """Targets as numbers, (N, columns): single classes as one-hot vectors."""
     if y.is_floating_point() or y.dim() > 1 or bool((y < 0).any()):
         return y.double().reshape(len(y), -1)
