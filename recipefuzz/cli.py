@@ -117,18 +117,23 @@ def run_recipes(
 def check(
     config: ConfigPath,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON list instead of lines.")] = False,
+    record: Annotated[Path | None, typer.Option(help="Write a reference (.npz, .json) instead of checking.")] = None,
 ) -> None:
     """Is it the recipe at all? What an experienced person looks at first: data, code, gradients, loss curves."""
     import json
 
     from recipefuzz.checking import check as run_checks
+    from recipefuzz.checking import record as write_record
     from recipefuzz.config import load_config
     from recipefuzz.finding import Level, worst
     from recipefuzz.report.checked import checked
     from recipefuzz.report.terminal import console
 
-    screen, found = console(), []
-    for finding in run_checks(load_config(config)):
+    study, screen, found = load_config(config), console(), []
+    if record is not None:
+        screen.print(write_record(study, record))
+        return
+    for finding in run_checks(study):
         found.append(finding)
         if not as_json:
             screen.print(checked(finding))

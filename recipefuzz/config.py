@@ -58,6 +58,12 @@ def _plain(values: dict[str, Any]) -> dict[str, Any]:
     return values
 
 
+def _arrays_file(path: str) -> str:
+    if Path(path).suffix not in (".npz", ".json"):
+        raise ValueError("not a file of arrays")
+    return path
+
+
 Duration = Annotated[float, BeforeValidator(_seconds), Field(gt=0, allow_inf_nan=False)]
 Whole = Annotated[int, BeforeValidator(_number), Field(ge=0, lt=2**31)]
 Count = Annotated[int, BeforeValidator(_number), Field(ge=1, lt=2**31)]
@@ -122,7 +128,11 @@ class RunConfig(_Section):
 
 
 class Config(_Section):
-    """A whole study. Without a name it is called like its file; `base` is where import paths are looked up first."""
+    """A whole study. Without a name it is called like its file; `base` is where import paths are looked up first.
+
+    `reference` is a file of right outputs that `recipefuzz check` holds the model against, see `checks.reference_file`;
+    its path counts from the config's folder.
+    """
 
     study: Annotated[str, Field(pattern=rf"^{STUDY_NAME}$")] = "study"
     target: TargetConfig
@@ -132,6 +142,7 @@ class Config(_Section):
     search: SearchConfig = SearchConfig()
     run: RunConfig = RunConfig()
     base: str | None = None
+    reference: Annotated[str, AfterValidator(_arrays_file)] | None = None
 
     _source: Source = PrivateAttr(default_factory=Source)
 
@@ -143,6 +154,10 @@ class Config(_Section):
     def folder(self) -> Path:
         """Where import paths are looked up first: the config's own folder unless it says `base`."""
         return (self._source.folder / self.base).resolve() if self.base else self._source.folder
+
+    @property
+    def reference_path(self) -> Path | None:
+        return (self._source.folder / self.reference).resolve() if self.reference else None
 
     @cached_property
     def axes(self) -> Space:
@@ -185,8 +200,9 @@ class Config(_Section):
             raise InputError(error.problem, place=place, found=error.found, expected=error.expected) from error
 
     def resolved(self) -> dict[str, Any]:
-        """The config with every default written out and `base` absolute: valid wherever it is put."""
-        return self.model_dump(mode="json") | {"base": str(self.folder)}
+        """The config with every default written out and its paths absolute: valid wherever it is put."""
+        reference = str(self.reference_path) if self.reference else None
+        return self.model_dump(mode="json") | {"base": str(self.folder), "reference": reference}
 
 
 def load_config(path: str | Path) -> Config:
@@ -294,6 +310,7 @@ MEANING = {
     "target.loss": 'cross_entropy, mse, bce, or "module:loss"',
     "target.data_args": ARGUMENTS,
     "target.model_args": ARGUMENTS,
+    "reference": "a file of the model's right outputs, .npz or .json: recipefuzz check CONFIG --record FILE writes one",
     "trial.steps": "an integer, 20 or more: optimizer steps of one short trial",
     "trial.batch_size": "an integer, 1 or more",
     "trial.seed": "an integer, 0 or more",

@@ -170,7 +170,7 @@ def identity(config: Config, code: Mapping[str, str]) -> dict[str, Any]:
     parts = config.resolved()
     for section, keys in FREE.items():
         parts[section] = {k: v for k, v in parts[section].items() if k not in keys}
-    return {k: v for k, v in parts.items() if k not in ("run", "base", "study")} | {"code": dict(code)}
+    return {k: v for k, v in parts.items() if k not in ("run", "base", "study", "reference")} | {"code": dict(code)}
 
 
 def fingerprints(files: list[Path]) -> dict[str, str]:

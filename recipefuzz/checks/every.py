@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from recipefuzz.checks import data
+from recipefuzz.checks import batch_independence, data, input_dependence, reference
 from recipefuzz.diagnose.patient import Patient
 from recipefuzz.errors import RAISED, describe_exception
 from recipefuzz.finding import Finding, Level
@@ -25,7 +25,12 @@ class Check:
     cheap: bool = False
 
 
-CHECKS = (Check(data.NAME, data.check, cheap=True),)
+CHECKS = (
+    Check(data.NAME, data.check, cheap=True),
+    Check(batch_independence.NAME, batch_independence.check, cheap=True),
+    Check(input_dependence.NAME, input_dependence.check),
+    Check(reference.NAME, reference.check),
+)
 
 
 def findings(patient: Patient, *, cheap: bool = False) -> Iterator[Finding]:
