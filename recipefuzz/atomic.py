@@ -10,25 +10,17 @@ from pathlib import Path
 from recipefuzz.errors import Place, RunFailedError
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Write a text file. Half characters, as in the name of a broken file, are written as escapes.
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Write a file; text as UTF-8. Half characters, as in the name of a broken file, are written as escapes.
 
     Raises:
         RunFailedError: a full disk or a folder that can't be written. An older file of the name stays.
     """
     name = ""
     try:
-        with tempfile.NamedTemporaryFile(
-            "w",
-            encoding="utf-8",
-            errors="backslashreplace",
-            newline="",
-            dir=path.parent,
-            prefix=f".{path.name}.",
-            delete=False,
-        ) as file:
+        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
             name = file.name
-            file.write(text)
+            file.write(content.encode("utf-8", errors="backslashreplace") if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())
         Path(name).chmod(0o666 & ~_umask())

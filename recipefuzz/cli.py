@@ -118,11 +118,13 @@ def check(
     config: ConfigPath,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON list instead of lines.")] = False,
     picture: Annotated[Path | None, typer.Option(help="Also save the loss curves as a picture (SVG).")] = None,
+    record: Annotated[Path | None, typer.Option(help="Write a reference (.npz, .json) instead of checking.")] = None,
 ) -> None:
     """Is it the recipe at all? What an experienced person looks at first: data, code, gradients, loss curves."""
     import json
 
     from recipefuzz.checking import check as run_checks
+    from recipefuzz.checking import record as write_record
     from recipefuzz.checks import loss_curves
     from recipefuzz.config import load_config
     from recipefuzz.finding import Level, worst
@@ -130,6 +132,9 @@ def check(
     from recipefuzz.report.terminal import console, drawing
 
     study, screen, found = load_config(config), console(), []
+    if record is not None:
+        screen.print(write_record(study, record))
+        return
     for finding in run_checks(study):
         found.append(finding)
         if picture is not None and finding.check == loss_curves.NAME:

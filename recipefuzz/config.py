@@ -58,6 +58,12 @@ def _plain(values: dict[str, Any]) -> dict[str, Any]:
     return values
 
 
+def _arrays_file(path: str) -> str:
+    if Path(path).suffix not in (".npz", ".json"):
+        raise ValueError("not a file of arrays")
+    return path
+
+
 Duration = Annotated[float, BeforeValidator(_seconds), Field(gt=0, allow_inf_nan=False)]
 Whole = Annotated[int, BeforeValidator(_number), Field(ge=0, lt=2**31)]
 Count = Annotated[int, BeforeValidator(_number), Field(ge=1, lt=2**31)]
@@ -136,7 +142,8 @@ class RunConfig(_Section):
 class Config(_Section):
     """A whole study. Without a name it is called like its file; `base` is where import paths are looked up first.
 
-    `ladder` holds models from the simplest to the real one.
+    `ladder` holds models from the simplest to the real one. `reference` is a file of right outputs that
+    `recipefuzz check` holds the model against, see `checks.reference_file`; its path counts from the config's folder.
     """
 
     study: Annotated[str, Field(pattern=rf"^{STUDY_NAME}$")] = "study"
@@ -148,6 +155,7 @@ class Config(_Section):
     run: RunConfig = RunConfig()
     ladder: tuple[Annotated[RungConfig, BeforeValidator(_rung)], ...] = ()
     base: str | None = None
+    reference: Annotated[str, AfterValidator(_arrays_file)] | None = None
 
     _source: Source = PrivateAttr(default_factory=Source)
 
@@ -159,6 +167,10 @@ class Config(_Section):
     def folder(self) -> Path:
         """Where import paths are looked up first: the config's own folder unless it says `base`."""
         return (self._source.folder / self.base).resolve() if self.base else self._source.folder
+
+    @property
+    def reference_path(self) -> Path | None:
+        return (self._source.folder / self.reference).resolve() if self.reference else None
 
     @cached_property
     def axes(self) -> Space:
@@ -201,8 +213,9 @@ class Config(_Section):
             raise InputError(error.problem, place=place, found=error.found, expected=error.expected) from error
 
     def resolved(self) -> dict[str, Any]:
-        """The config with every default written out and `base` absolute: valid wherever it is put."""
-        return self.model_dump(mode="json") | {"base": str(self.folder)}
+        """The config with every default written out and its paths absolute: valid wherever it is put."""
+        reference = str(self.reference_path) if self.reference else None
+        return self.model_dump(mode="json") | {"base": str(self.folder), "reference": reference}
 
 
 def load_config(path: str | Path) -> Config:
@@ -321,6 +334,7 @@ MEANING = {
     "ladder": "models from the simplest to the real one: [{model: rnn, model_args: {depth: 1}}, {model: lstm}]",
     "ladder.model": 'a built-in model, or "module:build"',
     "ladder.model_args": ARGUMENTS,
+    "reference": "a file of the model's right outputs, .npz or .json: recipefuzz check CONFIG --record FILE writes one",
     "trial.steps": "an integer, 20 or more: optimizer steps of one short trial",
     "trial.batch_size": "an integer, 1 or more",
     "trial.seed": "an integer, 0 or more",

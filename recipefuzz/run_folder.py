@@ -170,7 +170,8 @@ def identity(config: Config, code: Mapping[str, str]) -> dict[str, Any]:
     parts = config.resolved()
     for section, keys in FREE.items():
         parts[section] = {k: v for k, v in parts[section].items() if k not in keys}
-    return {k: v for k, v in parts.items() if k not in ("run", "base", "study", "ladder")} | {"code": dict(code)}
+    aside = ("run", "base", "study", "ladder", "reference")
+    return {k: v for k, v in parts.items() if k not in aside} | {"code": dict(code)}
 
 
 def fingerprints(files: list[Path]) -> dict[str, str]:

@@ -169,15 +169,15 @@ TARGET
 spce: {}
 ~~~
 FILE:2: spce: unknown key 'spce'
-  expected: study, target, space, recipe, trial, search, run, ladder, base
+  expected: study, target, space, recipe, trial, search, run, ladder, base, reference
   fix:      did you mean 'space'?
 === unknown top far
 TARGET
 zzz: 1
 ~~~
 FILE:2: zzz: unknown key 'zzz'
-  expected: study, target, space, recipe, trial, search, run, ladder, base
-  fix:      known: base, ladder, recipe, run, search, space, study, target, trial
+  expected: study, target, space, recipe, trial, search, run, ladder, base, reference
+  fix:      known: base, ladder, recipe, reference, run, search, space, study, target, trial
 === unknown target
 target: {data: digits, modell: mlp, model: mlp}
 ~~~
@@ -962,6 +962,7 @@ def test_defaults(tmp_path):
         "run": {"device": "auto", "engine": "auto", "workers": "auto", "folder": None},
         "ladder": [],
         "base": str(tmp_path),
+        "reference": None,
     }
     assert config.default_recipe() == Recipe()
     with pytest.raises(ValueError, match="frozen"):

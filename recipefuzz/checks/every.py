@@ -6,13 +6,16 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from recipefuzz.checks import (
+    batch_independence,
     data,
     determinism,
     gradients,
     initial_loss,
+    input_dependence,
     loss_curves,
     overfit,
     parameters,
+    reference,
     relation,
 )
 from recipefuzz.diagnose.patient import Patient
@@ -38,10 +41,13 @@ CHECKS = (
     Check(data.NAME, data.check, cheap=True),
     Check(initial_loss.NAME, initial_loss.check, cheap=True),
     Check(parameters.NAME, parameters.check, cheap=True),
+    Check(batch_independence.NAME, batch_independence.check, cheap=True),
     Check(gradients.NAME, gradients.check),
+    Check(reference.NAME, reference.check),
     Check(determinism.NAME, determinism.check),
     Check(overfit.NAME, overfit.check),
     Check(relation.NAME, relation.check),
+    Check(input_dependence.NAME, input_dependence.check),
     Check(loss_curves.NAME, loss_curves.check),
 )
 
