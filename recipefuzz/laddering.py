@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import nn
 
+from recipefuzz.checks import overfit
 from recipefuzz.checks.every import findings
 from recipefuzz.config import Config, parse_config
 from recipefuzz.diagnosing import as_patient
@@ -32,7 +33,7 @@ from recipefuzz.targets.builtin.data import text_alphabet
 from recipefuzz.targets.resolve import resolve
 from recipefuzz.targets.task import Task
 
-ALSO = ("overfit", "overfit ten rows")  # checks that are worth their seconds on each rung, beside the cheap ones
+ALSO = (overfit.NAME,)  # checks that are worth their seconds on each rung, beside the cheap ones
 
 
 def ladder(

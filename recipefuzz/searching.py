@@ -17,13 +17,15 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from recipefuzz import evidence
 from recipefuzz.config import Config, load_config, parse_config
-from recipefuzz.diagnosing import diagnose_stored
+from recipefuzz.checks.every import findings
+from recipefuzz.diagnosing import as_patient, diagnose_stored
 from recipefuzz.diagnosis import Diagnosis
 from recipefuzz.engines.ahead import Ahead
 from recipefuzz.engines.job import Engine, Job, Outcome
 from recipefuzz.engines.rehearse import rehearse
 from recipefuzz.engines.select import ask_ahead, open_engine, pick_device
 from recipefuzz.errors import InputError, RunFailedError
+from recipefuzz.finding import Level
 from recipefuzz.peak import Peak, megabytes
 from recipefuzz.ranking import Ranked, candidates
 from recipefuzz.recipe import Recipe
@@ -136,6 +138,7 @@ def search(
             place=config.source.place("target", "loss"),
             fix="look whether all training targets are the same, or add a constant to the loss",
         )
+    _check(config, task, listener)
     with _opened(config, task, fresh, listener) as (folder, study, engine):
         try:
             _explore(config, study, engine, listener)
@@ -146,6 +149,17 @@ def search(
                 _report(folder, config, study)
             raise
         return _report(folder, config, study)
+
+
+def _check(config: Config, task: Task, listener: Listener) -> None:
+    """Say what the cheap preflight checks have seen: the search goes on, and its trials have the last word."""
+    with as_patient(config, task, config.default_recipe(), config.trial.seed) as patient:
+        found = list(findings(patient, cheap=True))
+    names = ", ".join(dict.fromkeys(finding.check for finding in found))
+    wrong = [finding for finding in found if finding.level is not Level.PASS]
+    listener.say(f"checked first: {names}: {'see below' if wrong else 'nothing wrong'}; recipefuzz check looks at more")
+    for finding in wrong:
+        listener.say(f"  {finding.level}: {finding.check}: {finding.seen}; {finding.todo}")
 
 
 def _report(folder: RunFolder, config: Config, study: StudySearch) -> SearchResult:
