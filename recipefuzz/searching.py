@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from recipefuzz import evidence
-from recipefuzz.config import Config, load_config, parse_config
 from recipefuzz.checks.every import findings
+from recipefuzz.config import Config, load_config, parse_config
 from recipefuzz.diagnosing import as_patient, diagnose_stored
 from recipefuzz.diagnosis import Diagnosis
 from recipefuzz.engines.ahead import Ahead
