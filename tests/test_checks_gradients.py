@@ -274,6 +274,7 @@ class Inplace(nn.Module):
         (lambda: nn.Sequential(nn.Linear(8, 8), Inplace()), "float64"),
         (lambda: nn.Sequential(nn.Linear(8, 8), nn.ReLU(inplace=True)), "float64"),
         (lambda: nn.PReLU(), "float64"),
+        (lambda: torch.nn.utils.parametrizations.spectral_norm(nn.Linear(8, 8)), "float64"),
     ],
 )
 def test_healthy_models_that_are_hard_to_differentiate(patient_of, part, mode):
@@ -312,18 +313,24 @@ def test_state_from_call_to_call_is_told(patient_of):
     assert "two forward passes" in finding.seen
 
 
-def test_iterations_that_a_module_makes_in_training_alone_are_told(patient_of):
-    torch.manual_seed(1)
+class Follower(nn.Module):
+    """In training, a buffer follows the weights, without a gradient."""
 
-    def build():
-        layer = torch.nn.utils.parametrizations.spectral_norm(nn.Linear(8, 8), n_power_iterations=1)
-        with torch.no_grad():  # far from converged
-            layer.parametrizations.weight[0]._u.copy_(nn.functional.normalize(torch.ones(8), dim=0))
-        return stack(layer)
+    def __init__(self):
+        super().__init__()
+        self.lin = nn.Linear(8, 8)
+        self.register_buffer("mean", torch.zeros(8))
 
-    finding = found(patient_of(build))
+    def forward(self, x):
+        if self.training:
+            self.mean.copy_(self.lin.weight.detach().mean(0))
+        return self.lin(x) + self.mean.tanh()
+
+
+def test_a_module_that_writes_a_buffer_from_its_weights_in_training_alone_is_told(patient_of):
+    finding = found(patient_of(lambda: stack(Follower())))
     assert finding.level is Level.WARN
-    assert "module 2.parametrizations.weight.0 (_SpectralNorm)" in finding.seen
+    assert finding.seen.startswith("module 2 (Follower): its gradient with respect to the parameters of 2.lin")
     assert "only in training mode" in finding.seen
 
 
