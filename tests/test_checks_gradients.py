@@ -396,6 +396,7 @@ def built_in(write_study, data, model, more=""):
     return write_study(data=data, model=model, loss=loss, more=more)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("data", "model"), [("digits", "mlp"), ("wine", "mlp"), ("diabetes", "mlp"), ("adding", "gru"), ("text", "rnn")]
 )

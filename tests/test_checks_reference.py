@@ -196,6 +196,7 @@ def test_inputs_by_name(against, write_study, tmp_path, made, read):
     assert set(read_reference(tmp_path / "today.npz", PLACE).inputs) == ({"a", "b"} if "a" in made else {"0", "1"})
 
 
+@pytest.mark.slow
 def test_tokens_stay_whole_numbers(against, write_study, tmp_path):
     study = {"data": "text", "model": "gru", "loss": "cross_entropy"}
     record(write_study(**study), tmp_path / "today.json")
