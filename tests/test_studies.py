@@ -10,9 +10,11 @@ import recipefuzz
 from recipefuzz.config import Config, load_config, parse_config
 from recipefuzz.diagnosing import diagnose
 from recipefuzz.errors import EXIT_BAD_INPUT, InputError
+from recipefuzz.laddering import ladder
 
 STUDIES = Path(__file__).parent.parent / "studies"
 SEARCHED = {"adam_lr", "normalization", "quickstart", "standardizing"}
+LADDERS = {"ladder_charlm"}
 DIAGNOSED = {"own_loss": ("code", "log_of_zero"), "missing_cell": ("data", "data_nonfinite")}
 
 
@@ -25,7 +27,7 @@ def tiny(name: str, folder: Path) -> Config:
 
 
 def test_every_study_is_run_here() -> None:
-    assert {path.stem for path in STUDIES.glob("*.yaml")} == SEARCHED | set(DIAGNOSED)
+    assert {path.stem for path in STUDIES.glob("*.yaml")} == SEARCHED | LADDERS | set(DIAGNOSED)
 
 
 @pytest.mark.parametrize("name", [*sorted(SEARCHED)])
@@ -36,6 +38,17 @@ def test_a_search_judges_every_trial(name: str, tmp_path: Path) -> None:
     assert len(searched) == 4
     assert set(searched["verdict"]) <= {"nan", "stalled", "converging"}
     assert set(config.axes.names) <= set(trials.columns)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted(LADDERS))
+def test_a_ladder_climbs_until_a_rung_fails(name: str, tmp_path: Path) -> None:
+    config = tiny(name, tmp_path)
+    rungs = list(ladder(config))
+    assert 1 <= len(rungs) <= len(config.ladder)
+    assert all(rung.findings for rung in rungs)
+    assert all(rung.winner for rung in rungs[:-1])
+    assert bool(rungs[-1].failure) is (rungs[-1].winner is None)
 
 
 @pytest.mark.parametrize("name", DIAGNOSED)
