@@ -136,8 +136,8 @@ def test_healthy_models_pass(data: str, model: str, norm: str, dropout: float) -
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dropout", [0.0, 0.3])
-@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("dropout", [0.3])
+@pytest.mark.parametrize("norm", ["none", "batch", "layer"])
 @pytest.mark.parametrize(("data", "model"), [*PAIRS, ("adding", "lstm"), ("adding", "rnn")])
 def test_every_healthy_model_passes(data: str, model: str, norm: str, dropout: float) -> None:
     test_healthy_models_pass(data, model, norm, dropout)
