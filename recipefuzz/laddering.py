@@ -20,7 +20,6 @@ from recipefuzz.config import Config, parse_config
 from recipefuzz.diagnosing import as_patient
 from recipefuzz.engines.predictions import Kind, Predictions, predictions
 from recipefuzz.engines.rehearse import try_step
-from recipefuzz.engines.sequential import SequentialEngine
 from recipefuzz.errors import InputError
 from recipefuzz.finding import Level
 from recipefuzz.narrowing import narrowed, safe_region
@@ -110,9 +109,8 @@ def _shown(config: Config, task: Task, best: Recipe) -> Predictions:
     """By a recipe, trained again for the short budget."""
     models: list[nn.Module] = []
     with as_patient(config, task, best, config.trial.seed) as patient:
-        _, test = SequentialEngine(task, patient.budget, patient.device).rows_of(best)
         patient.train(look=lambda _, model, __: models.append(model))
     if not models:  # it broke before the first checkpoint
         return Predictions(Kind.NONE)
     alphabet = text_alphabet() if config.target.data == "text" else ""
-    return predictions(models[-1], test, task.loss_kind, alphabet, patient.device)
+    return predictions(models[-1], patient.heldout_rows, task.loss_kind, alphabet, patient.device)

@@ -751,3 +751,13 @@ def test_the_same_step_gives_the_same_events():
         return repr(failure_of(Tower(1)))
 
     assert told() == told()
+
+
+@pytest.mark.parametrize("wrap", [lambda t: {"a": ONES, "b": t}, lambda t: [ONES, {"b": (t,)}]], ids=["dict", "nested"])
+def test_rows_of_a_batch_are_named_however_it_holds_them(wrap):
+    def given(x, w):
+        inner = x["b"] if isinstance(x, dict) else x[1]["b"][0]
+        return inner * w
+
+    failure = failure_of(given, x=wrap(torch.full((4, 3), math.nan)))
+    assert (failure.origin.event, failure.origin.outside) == (None, "x")

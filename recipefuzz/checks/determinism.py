@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from recipefuzz.diagnose.patient import Patient
-from recipefuzz.diagnose.replay import replaying, state_of
+from recipefuzz.diagnose.replay import state_of
 from recipefuzz.engines.prepare import BatchOrder
 from recipefuzz.finding import Finding, Level
 
@@ -49,7 +49,7 @@ def check(patient: Patient) -> list[Finding]:
 def _stretch(patient: Patient) -> Iterator[Mark]:
     """Digests of all that a few steps make, in the order in which it is made."""
     rows, recipe = patient.rows, patient.recipe
-    with replaying(patient.task, recipe, patient.seed, patient.device, rows) as replay:
+    with patient.replaying() as replay:
         for name, tensor in state_of(replay.model):
             yield f"initial: the initial weights ({name})", _digest(tensor)
         order = BatchOrder(len(rows), recipe.batch_size, patient.seed)

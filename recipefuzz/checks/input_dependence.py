@@ -20,12 +20,10 @@ from recipefuzz.diagnose.calls import Call, calls_of, changed
 from recipefuzz.diagnose.overfit import ROWS, gentle_recipes
 from recipefuzz.diagnose.patient import Patient
 from recipefuzz.diagnose.relation import varied
-from recipefuzz.diagnose.replay import Replay, replaying
-from recipefuzz.engines import prepare
+from recipefuzz.diagnose.replay import Replay
 from recipefuzz.finding import Finding, Level
-from recipefuzz.recipe import Recipe
 from recipefuzz.targets.seeding import seeded
-from recipefuzz.targets.task import Task, only
+from recipefuzz.targets.task import only
 
 NAME = "input dependence"
 STEPS = 100  # of training, with each recipe until one shows it
@@ -78,7 +76,7 @@ def check(patient: Patient) -> list[Finding]:
     few = only(patient.task.train, index.to(patient.task.train.index_device))
     task, last = replace(patient.task, train=few, test=few), None
     for recipe in gentle_recipes(patient):
-        found = _compared(patient, task, recipe)
+        found = _compared(replace(patient, task=task, recipe=recipe))
         if found is None:
             continue
         if found.p <= SIGNIFICANT:
@@ -119,13 +117,13 @@ def _finding(found: _Compared, level: Level, todo: str, rows: int) -> Finding:
     return Finding(NAME, level, seen, todo, evidence=evidence)
 
 
-def _compared(patient: Patient, task: Task, recipe: Recipe) -> _Compared | None:
+def _compared(patient: Patient) -> _Compared | None:
     """Train a model and pair inputs and targets otherwise; None where the loss is not finite."""
+    rows = patient.rows
     with seeded(patient.seed, patient.device):
-        rows = prepare.rows_for(task, recipe)[0].to(patient.device)
         x, y = rows.take(torch.arange(len(rows), device=rows.index_device))
     orders = _orders(len(rows), patient.device)
-    with replaying(task, recipe, patient.seed, patient.device, rows) as replay:
+    with patient.replaying() as replay:
         start = _loss(replay, x, y)
         replay.run(STEPS)
         loss = _loss(replay, x, y)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from recipefuzz.checks.curve_shape import Curves, Name, shape
 from recipefuzz.diagnose.patient import Patient
-from recipefuzz.engines.sequential import HELDOUT_ROWS, SequentialEngine
+from recipefuzz.engines.sequential import HELDOUT_ROWS
 from recipefuzz.finding import Finding, Level
 from recipefuzz.report.chart import chart
 from recipefuzz.targets.seeding import seeded
@@ -43,8 +43,7 @@ def check(patient: Patient) -> list[Finding]:
 
 def measured(patient: Patient) -> Curves:
     """The trial itself, with the held-out loss taken at every checkpoint, not at quarters alone."""
-    engine = SequentialEngine(patient.task, patient.budget, patient.device)
-    train_rows, test_rows = engine.rows_of(patient.recipe)
+    train_rows, test_rows = patient.rows, patient.heldout_rows
     heldout = some_rows(test_rows, HELDOUT_ROWS)
     seen = some_rows(train_rows, len(heldout))
     at: list[int] = []

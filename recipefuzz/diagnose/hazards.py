@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 
 from recipefuzz.diagnose.patient import Patient
-from recipefuzz.diagnose.replay import Failure, Replay, replaying
+from recipefuzz.diagnose.replay import Failure, Replay
 from recipefuzz.errors import RAISED
 
 BATCHES = 64  # of an epoch, that are looked at: an epoch of most data sets that are tried in short trials
@@ -21,7 +21,7 @@ def hazard_of(patient: Patient) -> Failure | None:
     Costs one replay of the trial and an epoch, of 64 batches at most, without updates. What raises is left to the user:
     it is seen.
     """
-    with replaying(patient.task, patient.recipe, patient.seed, patient.device, patient.rows) as replay:
+    with patient.replaying() as replay:
         replay.run(patient.config.trial.steps)
         order = torch.randperm(len(patient.rows), generator=torch.Generator().manual_seed(patient.seed))
         *full, last = order.split(patient.recipe.batch_size)

@@ -133,7 +133,7 @@ def owned(model: nn.Module, prefix: str = "") -> dict[str, list[Tensor]]:
 
 def _weighted(output: Any) -> Tensor:
     """A number from all that a call gives, in which every element counts, by another weight."""
-    parts = [t for t in tensors([output.values() if isinstance(output, dict) else output]) if _floats(t)]
+    parts = [t for t in tensors([output]) if _floats(t)]
     chance = torch.Generator().manual_seed(0)
     return sum(((t * torch.randn(t.shape, generator=chance, dtype=torch.float64).to(t)).sum() for t in parts), ZERO)
 

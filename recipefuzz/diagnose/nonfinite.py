@@ -44,15 +44,7 @@ def not_finite(patient: Patient, outcome: Outcome) -> Diagnosis:
     patient.say(
         f"not finite at step {outcome.trace.first_bad}: replaying up to there, with that step's operations watched"
     )
-    failure = first_failure(
-        patient.task,
-        patient.recipe,
-        patient.seed,
-        patient.device,
-        patient.rows,
-        outcome.trace.first_bad,
-        patient.budget.limit,
-    )
+    failure = first_failure(patient.replaying, outcome.trace.first_bad, patient.budget.limit)
     if failure is None:
         text = f"not finite at step {outcome.trace.first_bad}, but not when it was run again: the code draws random "
         text += "numbers of its own, or keeps state between runs"

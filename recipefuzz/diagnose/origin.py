@@ -23,18 +23,17 @@ class Origin:
     chain: tuple[Event, ...]
 
 
-def origin_of(events: Sequence[Event], symptom: Iterable[int], outside: str = "") -> Origin | None:
+def origin_of(events: Sequence[Event], symptom: Iterable[int]) -> Origin | None:
     """The earliest beginning that is reached from the symptom by way of operands that were not finite then.
 
     Healthy steps hold values that are not finite, too; those from which no such way leads to the symptom don't matter.
 
     Args:
-        symptom: operations that wrote the tensor that should be finite.
-        outside: its name where nothing in the step wrote it.
+        symptom: operations that wrote the tensor that should be finite; without any there is nothing to follow.
     """
     start = tuple(symptom)
     if not start:
-        return Origin(None, outside, ()) if outside else None
+        return None
     came_from: dict[int, int | None] = dict.fromkeys(start)
     waiting = list(start)
     producers: list[int] = []

@@ -16,7 +16,6 @@ from torch import Tensor
 from recipefuzz.diagnose.patient import Patient
 from recipefuzz.diagnose.relation import varied
 from recipefuzz.diagnose.remedies import Remedy
-from recipefuzz.diagnose.replay import replaying
 from recipefuzz.engines.job import Job, Outcome
 from recipefuzz.engines.sequential import SequentialEngine
 from recipefuzz.evidence import below, skill_at_end
@@ -88,10 +87,9 @@ def recited(patient: Patient, found: Overfit) -> tuple[Any, Any]:
 
     In training or in eval mode, as the loss is lower. Costs that run once more.
     """
-    task = _on_few_rows(patient.task)
-    rows = SequentialEngine(task, Budget(STEPS, 0), patient.device).rows_of(found.recipe)[0]
-    x, y = _all(rows)
-    with replaying(task, found.recipe, patient.seed, patient.device, rows) as replay, torch.no_grad():
+    patient = replace(patient, task=_on_few_rows(patient.task), recipe=found.recipe)
+    x, y = _all(patient.rows)
+    with patient.replaying() as replay, torch.no_grad():
         with torch.enable_grad():
             replay.run(STEPS)
         outputs = [replay.model.train(mode)(x) for mode in (True, False)]

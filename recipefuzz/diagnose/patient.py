@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 from recipefuzz.config import Config
 from recipefuzz.diagnose import remedies
 from recipefuzz.diagnose.remedies import Applies, Runner
+from recipefuzz.diagnose.replay import Replay, replaying
 from recipefuzz.diagnosis import Fix
 from recipefuzz.engines import prepare
 from recipefuzz.engines.baselines import Baselines
@@ -47,30 +49,39 @@ class Patient:
     def budget(self) -> Budget:
         return Budget(self.config.trial.steps, self.config.trial.extend)
 
-    def train(self, task: Task | None = None, look: Look | None = None) -> Outcome:
-        """The trial itself to the end of its short budget, in this process; or the same on a changed task.
+    def train(self, look: Look | None = None) -> Outcome:
+        """The trial itself to the end of its short budget, in this process.
 
         Where no constant prediction has a finite loss, skill can't be measured; NaN still shows.
 
         Args:
             look: is shown the model at every checkpoint.
         """
-        task = task or self.task
-        engine = SequentialEngine(task, self.budget, self.device)
         with one_thread():
-            rows = engine.rows_of(self.recipe)
             try:
-                constant = Baselines(task, self.device).of(self.recipe)
+                constant = Baselines(self.task, self.device).of(self.recipe)
             except NoBaselineError as error:
                 self.say(f"skill can't be measured: {error}")
                 constant = Constant(float("nan"))
             job = Job(0, self.recipe, self.seed, whole=True)
-            return train(task, job, self.budget, self.device, rows, constant, look)
+            return train(self.task, job, self.budget, self.device, self._scaled, constant, look)
+
+    def replaying(self) -> AbstractContextManager[Replay]:
+        """The trial at its start, to be made step by step."""
+        return replaying(self.task, self.recipe, self.seed, self.device, self.rows)
 
     @cached_property
+    def _scaled(self) -> tuple[Rows, Rows]:
+        return SequentialEngine(self.task, self.budget, self.device).rows_of(self.recipe)
+
+    @property
     def rows(self) -> Rows:
         """Training rows as the recipe scales them, on the device."""
-        return SequentialEngine(self.task, self.budget, self.device).rows_of(self.recipe)[0]
+        return self._scaled[0]
+
+    @property
+    def heldout_rows(self) -> Rows:
+        return self._scaled[1]
 
     @cached_property
     def applies(self) -> Applies:
@@ -91,7 +102,7 @@ class Patient:
     def converges(self, task: Task) -> bool:
         """Whether the same recipe does on a changed task."""
         try:
-            outcome = self.train(task)
+            outcome = replace(self, task=task).train()
         except RAISED:
             return False
         return outcome.verdict is not None and outcome.verdict.label is Label.CONVERGING

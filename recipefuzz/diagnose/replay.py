@@ -6,7 +6,7 @@ A trial is a pure function of task, recipe and seed, so nothing has to be kept w
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,12 +15,15 @@ from torch import Tensor, nn
 
 from recipefuzz.diagnose.origin import Origin, origin_of
 from recipefuzz.diagnose.tensors import is_finite, tensors
-from recipefuzz.diagnose.watching import Event, Watch
+from recipefuzz.diagnose.watching import Watch
 from recipefuzz.engines import prepare
 from recipefuzz.engines.sequential import Stepper, flushed_denormals, one_thread, with_own_loss
 from recipefuzz.recipe import Recipe
 from recipefuzz.targets.seeding import seeded, undisturbed
 from recipefuzz.targets.task import Rows, Task
+
+LATER = 8  # steps by which a replay's failure may come later than in lanes, whose sums round otherwise
+KEPT = ("buffer", "attribute")  # what a model keeps from step to step beside its parameters
 
 
 @dataclass(frozen=True)
@@ -37,7 +40,6 @@ class Failure:
     step: int
     symptom: str
     origin: Origin
-    events: tuple[Event, ...]
     rows: tuple[int, ...]
     recurrent: bool
 
@@ -115,7 +117,7 @@ def watched_step(
     """
     watch = Watch(model)
     for name, value in (("x", x), ("y", y)):
-        for tensor in tensors([value.values() if isinstance(value, dict) else value]):
+        for tensor in tensors([value]):
             watch.name(tensor, name)
     for name, tensor in state_of(model):
         watch.name(tensor, name)
@@ -124,22 +126,22 @@ def watched_step(
     found = _symptom(watch, model, loss)
     if found is None:
         return None
-    symptom, writers, outside = found
-    origin = origin_of(watch.events, writers, outside)
-    return None if origin is None else Failure(number, symptom, origin, tuple(watch.events), rows, watch.recurrent)
+    symptom, writers = found
+    origin = origin_of(watch.events, writers)
+    return None if origin is None else Failure(number, symptom, origin, rows, watch.recurrent)
 
 
-def _symptom(watch: Watch, model: nn.Module, loss: Tensor) -> tuple[str, tuple[int, ...], str] | None:
+def _symptom(watch: Watch, model: nn.Module, loss: Tensor) -> tuple[str, tuple[int, ...]] | None:
     """What should be finite and is not, the first in the order of a step; which operations wrote it."""
     if not is_finite(loss):
-        return "loss", watch.writers_of(loss), ""
+        return "loss", watch.writers_of(loss)
     if watch.gradients:
         first = next(name for name, p in model.named_parameters() if id(p) in watch.gradients)
         reached = {w for found in watch.gradients.values() for w in found}
-        return f"gradient of {first}", tuple(sorted(reached)), ""
+        return f"gradient of {first}", tuple(sorted(reached))
     for name, tensor in state_of(model):
         if not is_finite(tensor) and (writers := watch.writers_of(tensor)):
-            return name, writers, ""
+            return name, writers
     return None
 
 
@@ -162,49 +164,43 @@ def replaying(task: Task, recipe: Recipe, seed: int, device: torch.device, rows:
         yield Replay(task, recipe, seed, device, rows)
 
 
-LATER = 8  # steps by which a replay's failure may come later than in lanes, whose sums round otherwise
+Begin = Callable[[], AbstractContextManager[Replay]]
 
 
-def first_failure(
-    task: Task, recipe: Recipe, seed: int, device: torch.device, rows: Rows, step: int, limit: int
-) -> Failure | None:
+def first_failure(begin: Begin, step: int, limit: int) -> Failure | None:
     """The first step that is not finite, and where in it that begins.
 
     Costs one replay up to the step; a second one where a buffer or an attribute had gone bad in an earlier step, which
     its loss did not show.
 
     Args:
+        begin: a replay of the trial.
         step: at which the trial failed, counted from 1.
         limit: steps after which to give up.
     """
-    with replaying(task, recipe, seed, device, rows) as replay:
+    with begin() as replay:
         early = replay.run(step - 1)
         failure = None
         while early is None and failure is None and replay.done < min(step + LATER, limit):
             failure = replay.watched()
     if early is not None:  # in lanes it failed later
-        return first_failure(task, recipe, seed, device, rows, early, limit)
+        return first_failure(begin, early, limit)
     if failure is not None and failure.origin.event is None and failure.origin.outside.startswith(KEPT):
-        return _of_state(task, recipe, seed, device, rows, failure) or failure
+        return _of_state(begin, failure) or failure
     return failure
 
 
-KEPT = ("buffer", "attribute")
-
-
-def _of_state(
-    task: Task, recipe: Recipe, seed: int, device: torch.device, rows: Rows, failure: Failure
-) -> Failure | None:
+def _of_state(begin: Begin, failure: Failure) -> Failure | None:
     """The earlier step that left a tensor of the model not finite."""
     name = failure.origin.outside
 
     def broken(replay: Replay) -> bool:
         return any(n == name and not is_finite(t) for n, t in state_of(replay.model))
 
-    with replaying(task, recipe, seed, device, rows) as replay:
+    with begin() as replay:
         while not broken(replay) and replay.done < failure.step:
             replay.run(1)
         step = replay.done
-    with replaying(task, recipe, seed, device, rows) as replay:
+    with begin() as replay:
         replay.run(step - 1)
         return replay.watched() if step else None

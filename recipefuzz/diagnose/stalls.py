@@ -13,7 +13,7 @@ from recipefuzz.diagnose.overfit import Overfit, overfit
 from recipefuzz.diagnose.patient import Patient
 from recipefuzz.diagnose.relation import explainable, neighbours_skill, same_targets
 from recipefuzz.diagnose.remedies import Remedy
-from recipefuzz.diagnose.replay import Replay, replaying
+from recipefuzz.diagnose.replay import Replay
 from recipefuzz.diagnose.signals import Signals, signals
 from recipefuzz.diagnose.symptoms import (
     SIGNS,
@@ -103,10 +103,9 @@ def _of_empty_data(possible: float) -> Diagnosis:
 
 def _measured(patient: Patient, outcome: Outcome) -> Findings:
     trace = outcome.trace
-    arguments = (patient.task, patient.recipe, patient.seed, patient.device, patient.rows)
-    with replaying(*arguments) as replay:
+    with patient.replaying() as replay:
         start = _signals(patient, replay)
-    with replaying(*arguments) as replay:
+    with patient.replaying() as replay:
         last = min(LAST, trace.steps)
         replay.run(trace.steps - last)
         overshot = replay.overshot(last) / last

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -106,7 +106,9 @@ def is_finite(tensor: Tensor) -> bool:
 
 
 def leaves(value: Any) -> Iterator[Any]:
-    """What an operation's arguments hold, lists unpacked."""
+    """What an operation's arguments or a batch hold, lists and dicts unpacked."""
+    if isinstance(value, Mapping):
+        value = tuple(value.values())
     if isinstance(value, (list, tuple)):
         for inner in value:
             yield from leaves(inner)
