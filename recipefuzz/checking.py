@@ -9,10 +9,8 @@ from recipefuzz.checks import reference
 from recipefuzz.checks.every import findings
 from recipefuzz.checks.reference_file import write_reference
 from recipefuzz.config import Config
-from recipefuzz.diagnosing import as_patient
-from recipefuzz.engines.rehearse import try_step
+from recipefuzz.diagnosing import default_patient
 from recipefuzz.finding import Finding
-from recipefuzz.targets.resolve import resolve
 
 
 def check(config: Config) -> Iterator[Finding]:
@@ -22,9 +20,7 @@ def check(config: Config) -> Iterator[Finding]:
         InputError: the user's code can't be run: what `recipefuzz search` refuses, too; a reference that does not
             fit the model.
     """
-    task, recipe = resolve(config), config.default_recipe()
-    try_step(task, config, recipe)
-    with as_patient(config, task, recipe, config.trial.seed) as patient:
+    with default_patient(config) as patient:
         reference.read(patient)  # what is wrong with the file is the user's to mend, and no finding
         yield from findings(patient)
 
@@ -35,9 +31,7 @@ def record(config: Config, path: Path) -> str:
     Raises:
         InputError: as `check`; a file that is neither .npz nor .json.
     """
-    task, recipe = resolve(config), config.default_recipe()
-    try_step(task, config, recipe)
-    with as_patient(config, task, recipe, config.trial.seed) as patient:
+    with default_patient(config) as patient:
         found = reference.recorded(patient)
     write_reference(path, found)
     whole, folder = path.resolve(), config.source.folder

@@ -23,6 +23,7 @@ app = typer.Typer(
 )
 
 ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="The study's YAML file.", show_default=False)]
+Workers = Annotated[str | None, typer.Option(help="auto, or a number of worker processes.")]
 RunName = Annotated[str, typer.Argument(metavar="RUN", help="A run's folder, or the study's name.", show_default=False)]
 
 
@@ -48,7 +49,7 @@ def search(
     config: ConfigPath,
     fresh: Annotated[bool, typer.Option("--fresh", help="Start anew; an existing run is put aside.")] = False,
     trials: Annotated[int | None, typer.Option(help="Trials in all, instead of the config's.")] = None,
-    workers: Annotated[str | None, typer.Option(help="auto, or a number of worker processes.")] = None,
+    workers: Workers = None,
     folder: Annotated[Path | None, typer.Option(help="The run's folder, instead of runs/<study>.")] = None,
 ) -> None:
     """Run the study; resume it if it exists. Ends with a ranked table of safe recipes."""
@@ -87,7 +88,7 @@ def run_recipes(
     config: ConfigPath,
     recipes: Annotated[Path, typer.Argument(metavar="RECIPES.csv", help="A column per axis, a row per recipe.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="Where the verdicts go.")] = Path("verdicts.csv"),
-    workers: Annotated[str | None, typer.Option(help="auto, or a number of worker processes.")] = None,
+    workers: Workers = None,
 ) -> None:
     """Judge given recipes: nan, stalled or converging, a row per recipe in the same order."""
     with imports_kept():
@@ -151,7 +152,7 @@ def check(
 def ladder(
     config: ConfigPath,
     fresh: Annotated[bool, typer.Option("--fresh", help="Start anew; existing runs are put aside.")] = False,
-    workers: Annotated[str | None, typer.Option(help="auto, or a number of worker processes.")] = None,
+    workers: Workers = None,
 ) -> None:
     """Check and search the config's models from the simplest to the real one; the first that fails is where to look."""
     with imports_kept():
@@ -188,7 +189,7 @@ def diagnose(
     trial: Annotated[int | None, typer.Option(help="A trial of the run, by its number.")] = None,
     changes: Annotated[list[str] | None, typer.Option("--set", help="axis=value, over the config's recipe.")] = None,
     seed: Annotated[int | None, typer.Option(help="Instead of the config's.", min=0)] = None,
-    workers: Annotated[str | None, typer.Option(help="auto, or a number of worker processes.")] = None,
+    workers: Workers = None,
     save: Annotated[Path | None, typer.Option(help="Write a config that reproduces this one trial.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of lines.")] = False,
 ) -> None:

@@ -98,10 +98,10 @@ def diagnose(
 
 
 def diagnose_stored(
-    config: Config, task: Task, results: Sequence[TrialResult], say: Callable[[str], None]
+    config: Config, task: Task, results: Sequence[TrialResult]
 ) -> Iterator[tuple[TrialResult, Diagnosis]]:
     """Explain finished trials of a run, at least one, one after the other."""
-    with as_patient(config, task, results[0].recipe, results[0].seed, say) as patient:
+    with as_patient(config, task, results[0].recipe, results[0].seed) as patient:
         for result in results:
             yield result, diagnose_trial(replace(patient, recipe=result.recipe, seed=result.seed))
 
@@ -130,6 +130,19 @@ def as_patient(
     finally:
         for engine in engines:
             engine.close()
+
+
+@contextmanager
+def default_patient(config: Config) -> Iterator[Patient]:
+    """The config's default recipe, once one step of it could be made.
+
+    Raises:
+        InputError: the user's code can't be run.
+    """
+    task, recipe = resolve(config), config.default_recipe()
+    try_step(task, config, recipe)
+    with as_patient(config, task, recipe, config.trial.seed) as patient:
+        yield patient
 
 
 def _stored(results: Sequence[TrialResult], trial: int, config: Config) -> Recipe:

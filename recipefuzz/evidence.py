@@ -245,6 +245,12 @@ def skill_at_end(trace: Trace, baseline: float) -> float:
     return skill_of(trace, baseline, slice(max(0, trace.steps - window(trace.steps)), trace.steps)).mean
 
 
+def best_heldout_skill(trace: Trace, baseline: float) -> float:
+    """Of all evaluations on held-out rows; NaN where there was none."""
+    losses = [loss for _, loss in trace.heldout]
+    return below(baseline, min(losses), baseline) if losses else float("nan")
+
+
 def below(constant: Number, loss: Number, baseline: float) -> Number:
     """How far a loss is below a constant prediction's, in units of the baseline: skill, where the two are equal."""
     return (constant - loss) / max(abs(baseline), TINY)

@@ -17,9 +17,9 @@ from torch import nn
 from recipefuzz.checks import overfit
 from recipefuzz.checks.every import findings
 from recipefuzz.config import Config, parse_config
-from recipefuzz.diagnosing import as_patient
+from recipefuzz.diagnose.patient import Patient
+from recipefuzz.diagnosing import default_patient
 from recipefuzz.engines.predictions import Kind, Predictions, predictions
-from recipefuzz.engines.rehearse import try_step
 from recipefuzz.errors import InputError
 from recipefuzz.finding import Level
 from recipefuzz.narrowing import narrowed, safe_region
@@ -29,8 +29,6 @@ from recipefuzz.rung import Rung, described
 from recipefuzz.searching import Listener, Silent, as_config, search
 from recipefuzz.source import KeyPath, Source
 from recipefuzz.targets.builtin.data import text_alphabet
-from recipefuzz.targets.resolve import resolve
-from recipefuzz.targets.task import Task
 
 ALSO = (overfit.NAME,)  # checks that are worth their seconds on each rung, beside the cheap ones
 
@@ -92,25 +90,23 @@ def _pointing_at(source: Source, index: int) -> Source:
 
 
 def _climbed(config: Config, number: int, of: int, fresh: bool, listener: Listener) -> Rung:
-    task, recipe = resolve(config), config.default_recipe()
     rung = Rung(number, of, config, ())
     listener.say(f"rung {number} of {of}: {rung.name}; {described(config.space)}")
-    try_step(task, config, recipe)
-    with as_patient(config, task, recipe, config.trial.seed) as patient:
+    with default_patient(config) as patient:
         rung = replace(rung, findings=tuple(findings(patient, cheap=True, also=ALSO)))
     if rung.checks is Level.FAIL:
         return rung
     result = search(config, fresh=fresh, listener=listener)
-    shown = None if result.best is None else _shown(config, task, result.best)
+    shown = None if result.best is None else _shown(patient, result.best)
     return replace(rung, results=result.results, ranking=tuple(result.ranked), winner=result.winner, shown=shown)
 
 
-def _shown(config: Config, task: Task, best: Recipe) -> Predictions:
+def _shown(patient: Patient, best: Recipe) -> Predictions:
     """By a recipe, trained again for the short budget."""
     models: list[nn.Module] = []
-    with as_patient(config, task, best, config.trial.seed) as patient:
-        patient.train(look=lambda _, model, __: models.append(model))
+    patient = replace(patient, recipe=best)
+    patient.train(look=lambda _, model, __: models.append(model))
     if not models:  # it broke before the first checkpoint
         return Predictions(Kind.NONE)
-    alphabet = text_alphabet() if config.target.data == "text" else ""
-    return predictions(models[-1], patient.heldout_rows, task.loss_kind, alphabet, patient.device)
+    alphabet = text_alphabet() if patient.config.target.data == "text" else ""
+    return predictions(models[-1], patient.heldout_rows, patient.task.loss_kind, alphabet, patient.device)

@@ -15,6 +15,7 @@ from recipefuzz.recipe import Recipe, Scalar
 from recipefuzz.trace import Trace
 from recipefuzz.verdict import Budget, Label, Verdict
 
+ERROR = "error"  # in the place of a verdict, of a trial that could not be run; its reason says why
 CURVE_POINTS = 32  # of the loss curve that is kept: enough for a sparkline
 
 

@@ -31,9 +31,9 @@ from recipefuzz.ranking import Ranked, candidates
 from recipefuzz.recipe import Recipe
 from recipefuzz.report.failures import buckets
 from recipefuzz.report.ranked import rank_run
-from recipefuzz.report.tables import ERROR, ranking_frame, trials_frame
+from recipefuzz.report.tables import ranking_frame, trials_frame
 from recipefuzz.report.write import write_reports
-from recipefuzz.result import Phase, TrialResult, result_of
+from recipefuzz.result import ERROR, Phase, TrialResult, result_of
 from recipefuzz.run_folder import RunFolder, fingerprints, identity
 from recipefuzz.sampling import total
 from recipefuzz.source import numbers_as_meant
@@ -251,7 +251,7 @@ def _diagnose(config: Config, task: Task, folder: RunFolder, study: StudySearch,
         return
     what = f"{len(examples)} kinds of failure" if len(examples) > 1 else "the failures"
     listener.say(f"explaining {what}: one trial of each is replayed, and changes of its recipe are run")
-    for example, found in diagnose_stored(config, task, examples, lambda _: None):
+    for example, found in diagnose_stored(config, task, examples):
         listener.say(f"  trial {example.trial}: {found.cause or found.verdict}")
         known[example.trial] = found
         folder.keep(known)

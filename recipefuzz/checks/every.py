@@ -40,9 +40,8 @@ class Check:
 CHECKS = (
     Check(data.NAME, data.check, cheap=True),
     Check(initial_loss.NAME, initial_loss.check, cheap=True),
-    Check(
-        parameters.NAME, parameters.check
-    ),  # its optimizer steps import torch's compiler, which takes longer than they
+    # not cheap: its optimizer steps import torch's compiler, which takes longer than they
+    Check(parameters.NAME, parameters.check),
     Check(batch_independence.NAME, batch_independence.check, cheap=True),
     Check(gradients.NAME, gradients.check),
     Check(reference.NAME, reference.check),

@@ -28,9 +28,8 @@ from recipefuzz.targets.task import only
 NAME = "input dependence"
 STEPS = 100  # of training, with each recipe until one shows it
 PAIRINGS = 99  # at random
-SIGNIFICANT = (
-    0.05  # share of the pairings, the right one among them, that may be as good as it: some have the same labels
-)
+# share of the pairings, the right one among them, that may be as good as it: some have the same labels
+SIGNIFICANT = 0.05
 LEAST = 6  # rows, of which there are 720 pairings
 
 

@@ -6,7 +6,7 @@ import math
 
 from recipefuzz.diagnose.held_out import follows
 from recipefuzz.diagnose.patient import Patient
-from recipefuzz.evidence import below
+from recipefuzz.evidence import best_heldout_skill
 from recipefuzz.finding import Finding, Level
 from recipefuzz.verdict import SHOWN
 
@@ -20,7 +20,8 @@ def check(patient: Patient) -> list[Finding]:
     if found >= CLEAR:
         seen = f"targets follow from inputs: simple learners beat chance by {found:.0f} standard errors on other rows"
         return [Finding(NAME, Level.PASS, seen, evidence={"standard_errors": found})]
-    skill = _heldout_skill(patient)
+    outcome = patient.train()
+    skill = best_heldout_skill(outcome.trace, outcome.baseline)
     evidence = {"standard_errors": found, "heldout_skill": skill}
     if skill >= SHOWN:
         seen = f"the model predicts held-out rows with skill {skill:.2f}; simple learners find no relation"
@@ -34,10 +35,3 @@ def check(patient: Patient) -> list[Finding]:
         f"({found:.1f} standard errors above chance) and {what} can tell"
     )
     return [Finding(NAME, Level.WARN, seen, "look whether inputs and targets are in the same order", evidence=evidence)]
-
-
-def _heldout_skill(patient: Patient) -> float:
-    """The best of a trial on held-out rows; NaN where none was evaluated."""
-    outcome = patient.train()
-    losses = [loss for _, loss in outcome.trace.heldout]
-    return below(outcome.baseline, min(losses), outcome.baseline) if losses else math.nan

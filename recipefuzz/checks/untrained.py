@@ -35,7 +35,7 @@ class Untrained:
 
         Of a user's own loss, which may depend on the batch size, at most as many as in a batch.
         """
-        bad = {row for f in self.task.non_finite if f.name.endswith("_train") for row in f.rows}
+        bad = self.task.bad_rows
         good = torch.tensor([i for i in range(len(self.rows)) if i not in bad] or [0]) if bad else None
         most = min(most, self.recipe.batch_size) if self.task.loss_kind == "custom" else most
         n = len(self.rows) if good is None else len(good)

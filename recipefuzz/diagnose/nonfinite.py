@@ -98,9 +98,8 @@ def _recipe_fixes(patient: Patient) -> tuple[Fix, ...]:
 
 def _without_bad_rows(task: Task) -> Task:
     """The task with those training rows alone that are finite."""
-    bad = torch.tensor([row for f in task.non_finite if f.name.endswith("_train") for row in f.rows], dtype=torch.long)
     good = torch.ones(len(task.train), dtype=torch.bool)
-    good[bad] = False
+    good[sorted(task.bad_rows)] = False
     return replace(task, train=only(task.train, good.nonzero()[:, 0]))
 
 

@@ -13,9 +13,8 @@ from dataclasses import dataclass
 from recipefuzz.recipe import Recipe, Scalar, shown
 
 POINTS = 7  # between the two ends in each round: as lanes they cost little more than one
-ROUNDS = (
-    2  # an eighth of the way, twice: the bracket is then a 64th of the way, on a log scale where both ends allow it
-)
+# an eighth of the way, twice: the bracket is then a 64th of the way, on a log scale where both ends allow it
+ROUNDS = 2
 FailsAt = Callable[[Sequence[Recipe]], Sequence[bool]]
 
 

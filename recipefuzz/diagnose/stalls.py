@@ -27,7 +27,7 @@ from recipefuzz.diagnose.symptoms import (
 )
 from recipefuzz.diagnosis import Diagnosis, Fix, Root
 from recipefuzz.engines.job import Outcome
-from recipefuzz.evidence import below
+from recipefuzz.evidence import best_heldout_skill
 from recipefuzz.targets.task import some_rows
 from recipefuzz.trace import COLUMNS, LEAST_NORM, Trace
 from recipefuzz.verdict import SHOWN, SOME, Label
@@ -148,8 +148,7 @@ def _recipe_fixes(patient: Patient, suspected: str) -> tuple[Fix, ...]:
 def _generalizes(patient: Patient, fix: Fix) -> bool:
     """Whether a run that converges is ever better than a constant on held-out rows: else it learned rows by heart."""
     outcome = replace(patient, recipe=patient.recipe.but(**fix.values)).train()
-    losses = [loss for _, loss in outcome.trace.heldout]
-    return bool(losses) and below(outcome.baseline, min(losses), outcome.baseline) >= SHOWN
+    return best_heldout_skill(outcome.trace, outcome.baseline) >= SHOWN
 
 
 def _diagnosis(patient: Patient, reason: str, case: _Case, cause: str, root: Root) -> Diagnosis:

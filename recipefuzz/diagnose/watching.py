@@ -27,9 +27,8 @@ UNSET = ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided
 
 OVERWRITES = ("copy", "fill", "zero", "normal", "uniform", "random", "bernoulli", "exponential", "set")  # don't read it
 
-OVER_AND_OVER = (
-    5  # times a weight is applied in one step from which it is a recurrence: shared encoders have two or three
-)
+# times that a weight is applied in one step, from which it is a recurrence: shared encoders have two or three
+OVER_AND_OVER = 5
 
 
 @dataclass(frozen=True)
@@ -91,7 +90,7 @@ class Event:
     meant: bool
     finite_in_double: bool | None
     witness: tuple[float, ...]
-    forward_finite: bool = True
+    forward_finite: bool
 
     @property
     def makes_nan(self) -> bool:
@@ -195,8 +194,7 @@ class Watch(TorchDispatchMode):
         bad = {id(t) for t in made if not is_finite(t)}
         if bad:
             call = _Call(func, args, kwargs, before)
-            event = self._event(call, spot, forward, read, made, bad)
-            self.events.append(replace(event, forward_finite=forward_finite))
+            self.events.append(self._event(call, spot, forward, forward_finite, read, made, bad))
         for tensor in made:
             self._mark(tensor, id(tensor) in bad)
         if forward is None and spot.phase in ("forward", "loss"):
@@ -273,6 +271,7 @@ class Watch(TorchDispatchMode):
         call: _Call,
         spot: Spot,
         forward: Spot | None,
+        forward_finite: bool,
         read: list[_Read],
         made: list[Tensor],
         bad: set[int],
@@ -295,6 +294,7 @@ class Watch(TorchDispatchMode):
             meant,
             _finite_in_double(call) if produces else None,
             _witness([r.old for r in read], first_bad) if produces else (),
+            forward_finite,
         )
 
 

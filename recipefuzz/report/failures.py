@@ -12,7 +12,7 @@ import numpy as np
 
 from recipefuzz.diagnosis import Diagnosis, Root
 from recipefuzz.recipe import Scalar
-from recipefuzz.result import Phase, TrialResult
+from recipefuzz.result import ERROR, Phase, TrialResult
 from recipefuzz.space import Choice, Range, Space
 
 CLEAR = 0.25  # least gain (share of the bucket inside minus share of the others) at which a region is named:
@@ -107,7 +107,7 @@ def _where(kind: Kind, kinds: Mapping[Kind | None, Sequence[TrialResult]], space
 
 def _kind(result: TrialResult) -> Kind | None:
     if result.error:
-        return "error", result.error[:80]
+        return ERROR, result.error[:80]
     return None if result.converging else (result.verdict, result.cause)
 
 

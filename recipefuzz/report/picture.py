@@ -9,13 +9,13 @@ from rich.table import Table
 from rich.text import Text
 
 from recipefuzz.recipe import shown
-from recipefuzz.result import Phase, TrialResult
+from recipefuzz.result import ERROR, Phase, TrialResult
 from recipefuzz.space import Axis, Choice, Range, Space
 from recipefuzz.verdict import Label
 
 BLOCKS = " ▁▂▃▄▅▆▇█"
 BINS = 24
-COLORS = {"converging": "green", "stalled": "yellow", "nan": "red", "error": "magenta"}
+COLORS = {"converging": "green", "stalled": "yellow", "nan": "red", ERROR: "magenta"}
 
 
 def picture(results: Sequence[TrialResult], space: Space) -> Group:
@@ -30,12 +30,12 @@ def picture(results: Sequence[TrialResult], space: Space) -> Group:
 
 
 def outcome(result: TrialResult) -> str:
-    return result.verdict or "error"
+    return result.verdict or ERROR
 
 
 def _legend(trials: Sequence[TrialResult]) -> Text:
     text = Text("share of trials that converge along each axis   ", style="dim")
-    for label in (Label.CONVERGING, Label.STALLED, Label.NAN, "error"):
+    for label in (Label.CONVERGING, Label.STALLED, Label.NAN, ERROR):
         count = sum(outcome(r) == label for r in trials)
         if count:
             text.append(f"■ {label} {count}  ", style=COLORS[label])

@@ -11,7 +11,7 @@ from recipefuzz.atomic import write_atomically
 from recipefuzz.diagnosis import Diagnosis
 from recipefuzz.ranking import Ranked
 from recipefuzz.report.failures import Bucket
-from recipefuzz.result import TrialResult
+from recipefuzz.result import ERROR, TrialResult
 
 TRIAL_COLUMNS = (
     "verdict",
@@ -39,7 +39,6 @@ RANKING_COLUMNS = (
 )
 FAILURE_COLUMNS = ("cause", "verdict", "trials", "share", "where", "example_trial", "reason")
 DIAGNOSIS_COLUMNS = ("root", "phase", "op", "module", "file", "line", "explanation")  # of the example; then its fix
-ERROR = "error"  # in the verdict column, of a trial that could not be run; its reason says why
 
 
 def trials_frame(results: Iterable[TrialResult], axes: Sequence[str]) -> pd.DataFrame:

@@ -163,6 +163,11 @@ class Task:
     takes: frozenset[str] | None
     non_finite: tuple[NonFinite, ...] = ()
 
+    @property
+    def bad_rows(self) -> frozenset[int]:
+        """Training rows that hold such values, as far as the findings name them."""
+        return frozenset(row for f in self.non_finite if f.name.endswith("_train") for row in f.rows)
+
 
 def only(rows: Rows, index: Tensor) -> Rows:
     """Some of a task's rows, which pass through no scaling yet."""
