@@ -14,7 +14,8 @@ from recipefuzz.atomic import write_atomically
 from recipefuzz.config import Config, load_config
 from recipefuzz.diagnosis import Diagnosis
 from recipefuzz.errors import InputError, Place, RunFailedError
-from recipefuzz.journal import at_work, is_locked
+from recipefuzz.journal import at_work
+from recipefuzz.locks import is_held
 from recipefuzz.peak import Peak
 from recipefuzz.result import TrialResult
 from recipefuzz.source import write_yaml
@@ -80,7 +81,7 @@ class RunFolder:
 
     def is_held(self) -> bool:
         """Whether a process is at work in the run."""
-        return is_locked(self.journal)
+        return is_held(self.journal)
 
     def load_config(self) -> Config:
         return load_config(self.config)

@@ -23,7 +23,19 @@ LAYERS = (
     ("recipe", "space", "trace", "atomic", "peak"),
     ("evidence", "verdict", "result", "finding", "diagnosis", "ranking", "source", "axes", "config", "narrowing"),
     ("targets/",),
-    ("engines/", "journal", "sampling", "store", "run_folder", "rung", "report/", "template"),
+    (
+        "engines/",
+        "entry_log",
+        "locks",
+        "journal",
+        "sampling",
+        "trial_log",
+        "store",
+        "run_folder",
+        "rung",
+        "report/",
+        "template",
+    ),
     ("diagnose/", "checks/"),
     ("diagnosing", "checking", "searching", "laddering", "judging"),
     ("cli", "__init__", "__main__"),
@@ -31,7 +43,7 @@ LAYERS = (
 PURE = 3  # layers from below that know neither torch nor optuna: their rules are tested in milliseconds
 HOMES = {
     # a library, and the only places that may import it
-    "optuna": {"sampling", "store"},
+    "optuna": {"sampling", "trial_log", "store", "locks"},
     "pandas": {"report/", "ranking", "judging", "searching"},
     "subprocess": {"targets/command", "launch/"},
     "pydantic": {"config"},
