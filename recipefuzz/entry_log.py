@@ -37,12 +37,18 @@ class Beat:
     """A worker's last sign of life.
 
     Attributes:
-        mark: another one at each beat; nothing else is known of it, least of all by whose clock.
-        about: host, process, device and what else the worker tells of itself.
+        mark: another one at each beat.
+        about: host, process and what else the worker tells of itself.
+        silent: seconds since then, where clocks agree: to be shown, and not to be relied on.
     """
 
     mark: str
     about: Mapping[str, Any]
+    silent: float
+
+
+class TurnLostError(Exception):
+    """Another wrote in what was to be this one's turn: it is to be begun anew."""
 
 
 class EntryLog(ABC):
@@ -102,16 +108,18 @@ class EntryLog(ABC):
         """Alone with the log: what others wrote is there to read on entering; what is added is written on leaving.
 
         Raises:
-            RunFailedError: the log can't be reached or written. Nothing of what was added is left.
+            TurnLostError: another wrote meanwhile.
+            RunFailedError: the log can't be reached or written.
+            After an error nothing of what was added is left; who has read it, begins with a new cursor.
         """
         with self._alone():
             self.catch_up()
             try:
                 yield
+                self.flush()
             except BaseException:
                 self._pending.clear()
                 raise
-            self.flush()
 
     @property
     @abstractmethod
@@ -139,8 +147,8 @@ class EntryLog(ABC):
         """Leave a sign of life; with None, take the worker off the list."""
 
     @abstractmethod
-    def beats(self) -> dict[str, Beat]:
-        """The last sign of life of each worker that has not left."""
+    def beats(self, workers: Iterable[str] | None = None) -> dict[str, Beat]:
+        """The last sign of life of each worker that has not left, or of those of some."""
 
     @abstractmethod
     def close(self) -> None:

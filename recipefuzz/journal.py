@@ -13,7 +13,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from recipefuzz.locks import BusyError, Lock, hold
 
 SYNC_SECONDS = 1.0  # of results that a power cut may take; a sync takes milliseconds, as long as some trials
 LOCK_SECONDS = 0.5  # `status` holds the lock for an instant to see whether it is free
-SHARED_LOCK_SECONDS = 60.0  # a turn takes milliseconds: who waits so long is not waiting for a turn
+SHARED_LOCK_SECONDS = 600.0  # a turn takes milliseconds, but its holder may have been suspended in it
 BEATS = "workers"  # the folder of the workers' signs of life, beside the journal
 
 
@@ -52,9 +52,10 @@ class Journal(EntryLog):
         try:
             if write and not shared:
                 self._held.enter_context(self._locked(LOCK_SECONDS))
-            self.catch_up()
-            if write and not shared:
+                self.catch_up()
                 self._cut()
+            elif not shared:
+                self.catch_up()
         except BaseException:
             self.close()
             raise
@@ -173,20 +174,20 @@ class Journal(EntryLog):
         except OSError as error:
             raise _cannot("write", path, error) from error
 
-    def beats(self) -> dict[str, Beat]:
-        found = {}
-        for path in (self._path.parent / BEATS).glob("*.json"):
+    def beats(self, workers: Iterable[str] | None = None) -> dict[str, Beat]:
+        folder, found = self._path.parent / BEATS, {}
+        for path in folder.glob("*.json") if workers is None else [folder / f"{worker}.json" for worker in workers]:
             with contextlib.suppress(OSError):  # it left meanwhile
-                found[path.stem] = _beat(path.read_bytes())
+                found[path.stem] = _beat(path.read_bytes(), max(0.0, time.time() - path.stat().st_mtime))
         return found
 
 
-def _beat(content: bytes) -> Beat:
+def _beat(content: bytes, silent: float) -> Beat:
     try:
         record = json.loads(content)
-        return Beat(str(record["mark"]), dict(record["about"]))
+        return Beat(str(record["mark"]), dict(record["about"]), silent)
     except (ValueError, KeyError, TypeError, RecursionError):  # half written
-        return Beat(content.decode(errors="replace"), {})
+        return Beat(content.decode(errors="replace"), {}, silent)
 
 
 def at_work(folder: Path) -> InputError:

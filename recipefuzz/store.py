@@ -28,6 +28,7 @@ from optuna.storages.journal import BaseJournalBackend
 from optuna.trial import FrozenTrial, TrialState
 
 from recipefuzz.config import SearchConfig
+from recipefuzz.entry_log import EntryLog
 from recipefuzz.errors import InputError, Place
 from recipefuzz.journal import Journal
 from recipefuzz.peak import Peak
@@ -52,26 +53,27 @@ class Asked:
 
 
 class Store:
-    """One run's trials on disk.
+    """One run's trials on disk, read by anybody, or written by one process alone.
 
     Args:
-        path: the journal file.
+        log: or the path of a journal.
         write: False to look only; nothing is changed and no lock is taken.
 
     Raises:
         InputError: a damaged journal, or one that another process is writing.
     """
 
-    def __init__(self, path: Path, *, write: bool) -> None:
-        self._journal = Journal(path, write=write)
+    def __init__(self, log: EntryLog | Path, *, write: bool) -> None:
+        self._journal = Journal(log, write=write) if isinstance(log, Path) else log
         try:
+            self._journal.catch_up()
             self._storage = optuna.storages.JournalStorage(cast("BaseJournalBackend", self._journal))
             self._studies = {s.study_name: s for s in self._storage.get_all_studies()}
         except Exception as error:
             self._journal.close()
             raise InputError(
                 f"the run's journal can't be replayed ({type(error).__name__}: {error})",
-                place=Place(str(path)),
+                place=Place(self._journal.name),
                 fix="restore the file from a copy, or start again with --fresh (the old folder is kept)",
             ) from error
 
@@ -131,7 +133,7 @@ class StudySearch:
         self,
         study: optuna.Study,
         confirm: optuna.Study,
-        journal: Journal,
+        journal: EntryLog,
         space: Space,
         search: SearchConfig,
     ) -> None:

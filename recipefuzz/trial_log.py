@@ -40,6 +40,9 @@ class TrialLog:
         params = {name: axis.to_internal_repr(recipe[name]) for name, axis in self._distributions.items()}
         return self._create(self._study_id, TrialState.RUNNING, distributions=self._as_json, params=params)
 
+    def begun(self, study_id: int, attributes: Mapping[str, Any]) -> None:
+        self._create(study_id, TrialState.RUNNING, user_attrs=dict(attributes))
+
     def confirmed(self, study_id: int, result: TrialResult) -> None:
         """A confirming run that nobody was told of before it was done."""
         value = None if result.error else objective(result)[0]
