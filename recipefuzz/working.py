@@ -207,9 +207,7 @@ class Shift:
     def _train(self, stop: Stop) -> None:
         """Until it is time for another turn: too little is left to do, or enough time has passed."""
         while self._held:
-            outcomes: list[Outcome] = []
-            with stop.waiting():
-                outcomes = self._engine.collect()
+            outcomes = stop.unless_told(self._engine.collect) or []
             self._done += outcomes
             under_way = len(self._held) - len(self._done)
             late = time.monotonic() - self._last_turn >= self._pace.pause(self._turn_took)
@@ -218,12 +216,10 @@ class Shift:
 
     def _wait(self, stop: Stop, pause: float) -> float:
         """For others, who run the last trials; returns how long to wait the next time."""
-        with stop.waiting():
-            time.sleep(pause)
+        stop.sleep(pause)
         while stop.signal is None and not self.study.look() and not self._lapsed():
             pause = min(1.5 * pause, IDLE_SECONDS[1])
-            with stop.waiting():
-                time.sleep(pause)
+            stop.sleep(pause)
         return pause
 
     def _lapsed(self) -> set[str]:
