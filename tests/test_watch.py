@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 import recipefuzz
+from recipefuzz.diagnose.rerun import calls, steady
 from recipefuzz.diagnosis import Diagnosis
 
 START = """\
@@ -891,25 +892,18 @@ def test_batch_norm_that_was_spoilt_before(tmp_path):
     assert "running_mean" in found.explanation
 
 
-def test_a_watch_inside_a_generator(tmp_path):
-    """The function of the `with` pauses between the forward and the backward pass, which its caller makes."""
-    found, _ = diagnosed(
-        tmp_path,
-        """
-        loader[2][1][0] = 0.0
+def test_calls_end_at_the_function_that_watches():
+    """But not where that can pause, as a generator's callers change: then all are noted."""
 
-        def losses():
-            global w
-            with recipefuzz.watch(model, optimizer, stop=False) as w:
-                for x, y in loader:
-                    yield (model(x) / y).mean()
+    def made(outermost: Any) -> list[str]:
+        return [code.co_name for code, _ in calls(sys._getframe(0), outermost=outermost)]
 
-        batches = losses()
-        for _ in range(3):
-            optimizer.zero_grad()
-            loss = batches.send(None)
-            loss.backward()
-            optimizer.step()
-        """,
-    )
-    assert found.step == 3
+    def watching() -> list[str]:
+        return made(steady(sys._getframe(0)))
+
+    def pausing() -> Any:
+        yield made(steady(sys._getframe(0)))
+
+    here = "test_calls_end_at_the_function_that_watches"
+    assert watching() == ["made", "watching"]
+    assert next(pausing())[:3] == ["made", "pausing", here]
