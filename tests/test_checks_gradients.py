@@ -230,6 +230,19 @@ def test_a_straight_through_estimator_is_told_and_is_no_failure(patient_of):
     assert "straight-through" in finding.seen
 
 
+def test_of_a_deep_model_what_was_compared_is_said(patient_of, monkeypatch):
+    """A sample of the groups; a custom Function is compared wherever it stands."""
+    monkeypatch.setattr(gradients, "MOST", 4)
+
+    def deep(factor):
+        return stack(*(nn.Linear(8, 8) for _ in range(7)), Apply(scaled_backward(factor)))
+
+    seen = found(patient_of(lambda: deep(1.0))).seen
+    assert "in 4 of 10 parameter groups, spread over the model, and 1 custom Functions" in seen
+    assert "module 9 (Apply)" in found(patient_of(lambda: deep(1.01))).seen
+    assert "in 3 parameter groups (" in found(patient_of(stack)).seen
+
+
 # no false alarms
 
 
