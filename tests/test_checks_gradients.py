@@ -436,6 +436,13 @@ def test_code_that_can_not_learn_ten_rows_fails_with_its_table(patient_of, monke
     assert len(finding.lines) == 12
 
 
+def test_where_time_is_short_nothing_is_claimed(patient_of, monkeypatch):
+    monkeypatch.setattr(overfit, "SECONDS", 0.0)
+    (finding,) = overfit.check(patient_of(lambda: nn.Sequential(stack(), nn.Hardtanh(-20, -10))))
+    assert (finding.level, finding.evidence["cause"]) == (Level.PASS, "")
+    assert finding.seen.startswith("not decided in 0 s of computing: best skill")
+
+
 def test_shuffled_labels_are_learned_by_heart_and_do_not_follow(patient_of, monkeypatch):
     monkeypatch.setattr("recipefuzz.diagnose.overfit.STEPS", 100)
     order = torch.randperm(len(X), generator=torch.Generator().manual_seed(4))

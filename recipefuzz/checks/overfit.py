@@ -36,7 +36,7 @@ def check(patient: Patient) -> list[Finding]:
         return [Finding(NAME, Level.PASS, seen, lines=lines, evidence=evidence)]
     best = "no run was finite" if math.isnan(found.skill) else f"best skill {found.skill:.2f} of {found.goal:g}"
     if not found.decided:
-        seen = f"not decided in {SECONDS:g} s of computing: {best} after {found.runs} recipes, the model is slow ({_recipe(found)})"
+        seen = f"not decided in {SECONDS:g} s of computing: {best} after {found.runs} recipes ({_recipe(found)})"
         return [Finding(NAME, Level.PASS, seen, lines=lines, evidence=evidence)]
     seen = f"ten rows can't be learned by heart under any of {found.runs} recipes ({best}; {_recipe(found)})"
     todo = "suspect the code or the labels, not the recipe: what lies between rows, output and loss (cannot_overfit)"
