@@ -91,8 +91,13 @@ def _brief(axis: BaseDistribution) -> str:
     if isinstance(axis, CategoricalDistribution):
         return ENCODER.encode({"type": "categorical", "choices": axis.choices})
     assert isinstance(axis, (FloatDistribution, IntDistribution))
-    type_ = "float" if isinstance(axis, FloatDistribution) else "int"
-    return ENCODER.encode({"type": type_, "low": axis.low, "high": axis.high, "step": axis.step, "log": axis.log})
+    fields: dict[str, Any] = {"type": "float" if isinstance(axis, FloatDistribution) else "int"}
+    fields |= {"low": axis.low, "high": axis.high}
+    if axis.log:
+        fields["log"] = True
+    elif axis.step is not None:
+        fields["step"] = axis.step
+    return ENCODER.encode(fields)
 
 
 def _now() -> str:

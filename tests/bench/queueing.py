@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import heapq
 import random
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from recipefuzz.working import Pace
@@ -37,20 +36,22 @@ class Found:
     turns: float
 
 
-def simulate(service: Service, workers: int, mean: float, *, cycles: int = 12, seed: int = 0) -> Found:
-    """Workers that train one trial after the other, whose turns are those of `working.Pace`.
+def simulate(service: Service, workers: int, mean: float, *, batches: bool, cycles: int = 12, seed: int = 0) -> Found:
+    """Workers that train one trial after the other.
 
     The worst case: nothing is trained while a worker waits for its turn. Trials take exponential times (the share
     of short ones is large, as where recipes diverge early), so turns come at random.
 
     Args:
         mean: seconds of a trial.
+        batches: turns as `working.Pace` has them, which come the less often the longer they take, for more trials
+            each; not one for each trial.
         cycles: of a pause and its turn that each worker makes about, the first third of which is not counted.
     """
     numbers, pace = random.Random(seed), Pace(1, 1)
-    horizon = cycles * max(pace.pause(0.0), mean)
+    horizon = cycles * max(pace.pause(0.0) if batches else 0.0, mean + service.beside, workers * service.alone)
     start = horizon / 3
-    queue = [(numbers.uniform(0, max(1.0, mean)), n, "done") for n in range(workers)]  # they came one by one
+    queue = [(numbers.uniform(0, mean), n, "done") for n in range(workers)]  # they came one by one
     heapq.heapify(queue)
     line = _Line(service.polls, numbers)
     held, came, pauses = [1] * workers, [0.0] * workers, [0.0] * workers
@@ -69,7 +70,7 @@ def simulate(service: Service, workers: int, mean: float, *, cycles: int = 12, s
         left = line.serve(now, service.alone + service.each * (held[who] - 1))
         pauses[who] = 0.0
         pause = pace.pause(left - came[who])
-        size = pace.room(1 / mean, left - came[who])
+        size = pace.room(1 / mean, left - came[who]) if batches else 1
         spent, done = 0.0, 0
         while done < size and spent < pause:
             spent += numbers.expovariate(1 / mean)
@@ -104,10 +105,10 @@ class _Line:
         return self._free
 
 
-def least_mean(service: Service, workers: int, share: float, simulated: Callable[..., Found] = simulate) -> float:
-    """Seconds that a trial has to take on average so that workers train for that share of their time, within 10 %."""
+def least_mean(service: Service, workers: int, share: float) -> float:
+    """Seconds of a trial from which on workers with a turn for each train for that share of their time, within 10 %."""
     low, high = 0.001, 1000.0
     while high / low > 1.1:
         middle = (low * high) ** 0.5
-        low, high = (low, middle) if simulated(service, workers, middle).busy >= share else (middle, high)
+        low, high = (low, middle) if simulate(service, workers, middle, batches=False).busy >= share else (middle, high)
     return high
