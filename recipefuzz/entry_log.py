@@ -113,7 +113,6 @@ class EntryLog(ABC):
             After an error nothing of what was added is left; who has read it, begins with a new cursor.
         """
         with self._alone():
-            self.catch_up()
             try:
                 yield
                 self.flush()
@@ -140,7 +139,7 @@ class EntryLog(ABC):
 
     @abstractmethod
     def _alone(self) -> Any:
-        """A context manager, in which nobody else writes."""
+        """A context manager, in which nobody else writes: what others wrote before is known on entering."""
 
     @abstractmethod
     def beat(self, worker: str, mark: str, about: Mapping[str, Any] | None) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from enum import StrEnum
 from typing import Any
 
@@ -66,8 +66,8 @@ class TrialResult:
         return self.verdict == Label.CONVERGING
 
     def record(self) -> dict[str, Any]:
-        """Plain values for a JSON store; what is not finite is left out."""
-        found = {k: v for k, v in vars(self).items() if not (isinstance(v, float) and not math.isfinite(v))}
+        """Plain values for a JSON store; what is not finite, or what it is without being told, is left out."""
+        found = {k: v for k, v in vars(self).items() if _is_told(k, v)}
         return found | {"values": dict(self.values)}  # asdict would copy the curve, number by number
 
     @classmethod
@@ -79,6 +79,13 @@ class TrialResult:
         """
         fields = dict(record) | {"phase": Phase(record["phase"]), "curve": tuple(record.get("curve", ()))}
         return cls(**fields)
+
+
+DEFAULTS = {field.name: field.default for field in fields(TrialResult)}
+
+
+def _is_told(name: str, value: Any) -> bool:
+    return not (isinstance(value, float) and not math.isfinite(value)) and value != DEFAULTS.get(name)
 
 
 def result_of(

@@ -115,7 +115,9 @@ class Seen:
         self._points = {name: np.concatenate([column, column]) for name, column in self._points.items()}
 
     def tell(self, number: int, result: TrialResult) -> None:
-        """The result of a trial that was asked; in any order."""
+        """The result of a trial that was asked; in any order, and of each the first counts."""
+        if self._told[number]:
+            return
         if not result.error:
             value, violation = objective(result)
             insort(self._best, (violation > 0, violation if violation > 0 else value, number))
@@ -338,6 +340,7 @@ def sampler(search: SearchConfig, space: Space, number: int) -> BaseSampler:
     return optuna.samplers.GridSampler(grid, seed=search.seed)  # it shuffles the grid: one order for all trials
 
 
-def mixed_seed(seed: int, number: int) -> int:
-    digest = hashlib.sha256(json.dumps([seed, number]).encode()).digest()
+def mixed_seed(seed: int, what: int | str) -> int:
+    """Another one for each number or name."""
+    digest = hashlib.sha256(json.dumps([seed, what]).encode()).digest()
     return int.from_bytes(digest[:4], "big")

@@ -15,6 +15,7 @@ import tracemalloc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Self
 
 import numpy as np
 import optuna
@@ -27,6 +28,7 @@ from optuna.trial import TrialState
 
 from recipefuzz import journal
 from recipefuzz.config import SearchConfig, parse_config
+from recipefuzz.entry_log import ENCODER
 from recipefuzz.errors import InputError, RunFailedError
 from recipefuzz.journal import SYNC_SECONDS, Journal
 from recipefuzz.locks import is_held
@@ -513,7 +515,7 @@ def test_entries_that_make_no_sense_are_one_plain_error(tmp_path, entry):
     path = tmp_path / "journal"
     drive(path, config(3))
     with path.open("ab") as file:
-        file.write(json.dumps(entry | {"end": True}).encode() + b"\n")
+        file.write(ENCODER.encode(entry | {"end": True}).encode() + b"\n")
     with pytest.raises(InputError, match=r"journal: the run's journal can't be replayed \("):
         Store(path, write=True)
     assert not is_held(path)
@@ -536,8 +538,14 @@ def test_empty_and_torn_first_batches_begin_anew(tmp_path, plain):
 class Disk:
     """A file on a disk with room for so many bytes; if `stuck`, it can't be shortened either."""
 
-    def __init__(self, file, room: int, *, at_most: int = 10**9, stuck: bool = False) -> None:
-        self.file, self.room, self.at_most, self.stuck = file, room, at_most, stuck
+    def __init__(self, room: int, *, at_most: int = 10**9, stuck: bool = False) -> None:
+        self.room, self.at_most, self.stuck = room, at_most, stuck
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.file.close()
 
     def write(self, data: bytes) -> int:
         if not self.room:
@@ -556,6 +564,16 @@ class Disk:
 
     def fileno(self) -> int:
         return self.file.fileno()
+
+
+def put_on(disk: Disk, store: Store) -> None:
+    opened = store._journal._opened
+
+    def on_disk() -> Disk:
+        disk.file = opened()
+        return disk
+
+    store._journal._opened = on_disk
 
 
 class Syncs(list[int]):
@@ -696,12 +714,11 @@ def test_journal_keeps_no_entries_in_memory_and_hands_out_each_once(tmp_path):
 
 def test_short_writes_are_written_to_their_end(tmp_path, plain):
     store = Store(tmp_path / "journal", write=True)
-    store._journal._file = Disk(file := store._journal._file, 10**9, at_most=100)
+    put_on(Disk(10**9, at_most=100), store)
     study = store.begin(META, SPACE, config(5), 2)
     while asked := study.refill():
         for trial in asked:
             study.record(outcome(trial))
-    file.close()
     assert same(Store(tmp_path / "journal", write=False).results(), plain(config(5, window=2)))
 
 
@@ -713,8 +730,8 @@ def test_full_disk_leaves_the_file_as_it_was_and_the_store_usable(tmp_path, plai
     study = store.begin(META, SPACE, search, search.window)
     first, second = study.refill()
     study.record(outcome(first))
-    whole, file = path.read_bytes(), store._journal._file
-    store._journal._file = Disk(file, room, stuck=stuck)
+    whole, healthy = path.read_bytes(), store._journal._opened
+    put_on(Disk(room, stuck=stuck), store)
     with pytest.raises(
         RunFailedError, match=r"can't write the run's journal: No space left on device\n  fix: +everything"
     ):
@@ -722,7 +739,7 @@ def test_full_disk_leaves_the_file_as_it_was_and_the_store_usable(tmp_path, plai
     assert path.read_bytes()[: len(whole)] == whole
     assert stuck or path.read_bytes() == whole
     assert [r.trial for r in Store(path, write=False).results()] == [0]
-    store._journal._file = file  # room has been made
+    store._journal._opened = healthy  # room has been made
     while asked := study.refill():
         for trial in asked:
             study.record(outcome(trial))
@@ -734,10 +751,9 @@ def test_full_disk_then_another_process(tmp_path, plain):
     path, search = tmp_path / "journal", config(5, window=2)
     store = Store(path, write=True)
     study = store.begin(META, SPACE, search, search.window)
-    store._journal._file = Disk(file := store._journal._file, 700, stuck=True)
+    put_on(Disk(700, stuck=True), store)
     with pytest.raises(RunFailedError, match="No space left"):
         study.refill()
-    file.close()
     store._journal._held.close()
     assert same(drive(path, search), plain(search))
 
