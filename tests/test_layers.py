@@ -20,10 +20,10 @@ PACKAGE = ROOT / "recipefuzz"
 # order, only no cycle.
 LAYERS = (
     ("errors", "garbage"),
-    ("recipe", "space", "trace", "atomic", "peak"),
+    ("recipe", "space", "trace", "atomic", "records", "peak"),
     ("evidence", "verdict", "result", "finding", "diagnosis", "ranking", "source", "axes", "config", "narrowing"),
     ("targets/",),
-    ("engines/", "journal", "sampling", "store", "run_folder", "rung", "report/", "template"),
+    ("engines/", "journal", "cma_sampler", "sampling", "store", "run_folder", "rung", "report/", "template"),
     ("diagnose/", "checks/"),
     ("diagnosing", "checking", "searching", "laddering", "judging"),
     ("cli", "__init__", "__main__"),
@@ -31,7 +31,7 @@ LAYERS = (
 PURE = 3  # layers from below that know neither torch nor optuna: their rules are tested in milliseconds
 HOMES = {
     # a library, and the only places that may import it
-    "optuna": {"sampling", "store"},
+    "optuna": {"cma_sampler", "sampling", "store"},
     "pandas": {"report/", "ranking", "judging", "searching"},
     "subprocess": {"targets/command", "launch/"},
     "pydantic": {"config"},
