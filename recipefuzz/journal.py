@@ -46,7 +46,7 @@ class Journal:
     """
 
     def __init__(self, path: Path, *, write: bool) -> None:
-        self._path = path
+        self.path = path
         self._pending: list[str] = []
         self._synced, self._unsynced = -math.inf, False
         self._file = self._open_locked() if write else None
@@ -61,19 +61,19 @@ class Journal:
 
     def _open_locked(self) -> Any:
         try:
-            file = self._path.open("ab", buffering=0)
+            file = self.path.open("ab", buffering=0)
         except OSError as error:
-            raise _cannot("open", self._path, error) from error
+            raise _cannot("open", self.path, error) from error
         if fcntl is None:
             return file
         try:
             _lock(file)
         except BlockingIOError as error:
             file.close()
-            raise at_work(self._path.parent) from error
+            raise at_work(self.path.parent) from error
         except OSError as error:
             if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
-                raise _cannot("lock", self._path, error) from error
+                raise _cannot("lock", self.path, error) from error
         return file
 
     def read_logs(self, log_number_from: int) -> list[dict[str, Any]]:
@@ -86,7 +86,7 @@ class Journal:
         return [*logs, *map(json.loads, self._pending)][log_number_from - number :]
 
     def _written_since(self, offset: int) -> list[dict[str, Any]]:
-        with self._path.open("rb") as file:
+        with self.path.open("rb") as file:
             file.seek(offset)
             lines = file.read(self._size - offset).splitlines(keepends=True)
         return _entries(lines) or []
@@ -120,7 +120,7 @@ class Journal:
         except OSError as error:
             with contextlib.suppress(OSError):
                 self._file.truncate(self._size)
-            raise _cannot("write", self._path, error) from error
+            raise _cannot("write", self.path, error) from error
         self._size += len(data)
         self._pending.clear()
 
@@ -141,7 +141,7 @@ class Journal:
                 if self._unsynced:
                     self._sync(file)
             except OSError as error:
-                raise _cannot("write", self._path, error) from error
+                raise _cannot("write", self.path, error) from error
 
 
 def _lock(file: Any) -> None:
@@ -207,7 +207,7 @@ def _entries(lines: list[bytes]) -> list[dict[str, Any]] | None:
     """All lines parsed at once, which takes half the time; None if one of them is no entry."""
     try:
         logs = json.loads(b"[" + b",".join(lines) + b"]")
-    except ValueError:
+    except (ValueError, RecursionError):  # the latter where brackets are nested a thousand deep
         return None
     good = len(logs) == len(lines) and all(isinstance(log, dict) and "op_code" in log for log in logs)
     return logs if good else None
