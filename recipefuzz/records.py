@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import MISSING, Field, is_dataclass
 from enum import Enum
 from functools import cache
-from types import NoneType
+from types import NoneType, UnionType
 from typing import Any, ClassVar, Protocol, TypeVar, get_args, get_origin, get_type_hints
 
 from recipefuzz.errors import printable, shorten
@@ -27,7 +27,8 @@ def read_record(kind: type[Record], record: object) -> Record:
     """A record of a dataclass from plain data, as JSON gives it.
 
     Text loses its control characters, for it is printed; an axis' values stay as they are, for they are compared.
-    Keys that are no fields are passed over: written for other programs, or by a newer version.
+    Keys that are no fields are passed over: written for other programs, or by a newer version. JSON has no NaN and no
+    infinity, so neither has a record.
 
     Raises:
         ValueError: a field that is missing, or of another type than its annotation says.
@@ -74,20 +75,22 @@ def _read(value: Any, hint: Any, name: str) -> Any:
         return {key: _read(item, inner[1], name) for key, item in value.items()}
     if is_dataclass(hint) and isinstance(hint, type):
         return read_record(hint, value)
-    return _scalar(value, inner or (hint,), name)
+    return _scalar(value, inner if kind is UnionType else (hint,), name)
 
 
 def _scalar(value: Any, kinds: tuple[Any, ...], name: str) -> Any:
     """One value of one of these types; with several of them, as an axis has, it stays as it is."""
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if len(kinds) > 1 and isinstance(value, kinds) and not (isinstance(value, int) and not is_finite(value)):
+    if number and not is_finite(value):
+        raise ValueError(f"{name} is not finite")
+    if len(kinds) > 1 and isinstance(value, kinds):
         return value
-    if kinds == (float,) and number and (isinstance(value, float) or is_finite(value)):
+    if kinds == (float,) and number:
         return float(value)
     if kinds == (int,) and number and isinstance(value, int) and -MOST <= value < MOST:
         return value
     if kinds == (str,) and isinstance(value, str):
         return printable(value)
-    if len(kinds) == 1 and isinstance(kinds[0], type) and issubclass(kinds[0], Enum):
+    if isinstance(kinds[0], type) and issubclass(kinds[0], Enum):
         return kinds[0](value)
     raise ValueError(f"{name} can't be {shorten(value) or 'null'}")

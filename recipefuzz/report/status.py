@@ -17,7 +17,8 @@ from recipefuzz.sampling import total
 
 def status_lines(folder: RunFolder) -> Iterator[str]:
     """Counts by verdict, throughput, what is left, the best so far: a line each."""
-    config, (results, elapsed, peak) = folder.load_config(), folder.read()
+    config = folder.load_config()
+    results, elapsed, peak = folder.read(config.axes)
     searched = [r for r in results if r.phase is Phase.SEARCH]
     confirming = [r for r in results if r.phase is Phase.CONFIRM]
     yield f"{config.study}: {_state(folder, config, searched, confirming)}"
