@@ -16,6 +16,7 @@ qmc, grid) ask it.
 from __future__ import annotations
 
 import logging
+import math
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -380,7 +381,10 @@ def _peak(attributes: Mapping[str, Any]) -> Peak:
 
 
 def _elapsed(trials: Iterable[FrozenTrial]) -> float:
-    return max((float(t.user_attrs.get(ELAPSED, 0.0)) for t in trials), default=0.0)
+    found = [float(t.user_attrs.get(ELAPSED, 0.0)) for t in trials]
+    if not all(map(math.isfinite, found)):
+        raise ValueError("a time that is not finite")
+    return max(found, default=0.0)
 
 
 def _results(trials: Iterable[FrozenTrial], phase: Phase) -> list[TrialResult]:
