@@ -29,6 +29,7 @@ from optuna.samplers._tpe.parzen_estimator import _ParzenEstimator
 from optuna.samplers._tpe.probability_distributions import _BatchedCategoricalDistributions
 from optuna.samplers._tpe.sampler import default_gamma
 
+from recipefuzz.cma_sampler import PlainCmaEs
 from recipefuzz.config import SearchConfig
 from recipefuzz.errors import InputError, Place
 from recipefuzz.recipe import Scalar
@@ -331,7 +332,7 @@ def sampler(search: SearchConfig, space: Space, number: int) -> BaseSampler:
     if search.sampler == "gp":
         return optuna.samplers.GPSampler(seed=seed, independent_sampler=plain)
     if search.sampler == "cmaes":
-        return optuna.samplers.CmaEsSampler(seed=seed, independent_sampler=plain, warn_independent_sampling=False)
+        return PlainCmaEs(seed=seed, independent_sampler=plain, warn_independent_sampling=False)
     if search.sampler == "qmc":  # one sequence for the whole study; the store counts its points
         return optuna.samplers.QMCSampler(
             seed=search.seed, scramble=True, independent_sampler=plain, warn_independent_sampling=False

@@ -27,8 +27,7 @@ from optuna.storages.journal._storage import JournalOperation
 
 from recipefuzz.board import CONFIRMS, HOLDER, Board, Item
 from recipefuzz.config import Config
-from recipefuzz.entry_log import Cursor, EntryLog, TurnLostError
-from recipefuzz.errors import InputError, Place
+from recipefuzz.entry_log import Cursor, EntryLog, TurnLostError, replayed
 from recipefuzz.peak import Peak
 from recipefuzz.ranking import candidates
 from recipefuzz.recipe import Scalar
@@ -202,15 +201,9 @@ class SharedStudy:
         return list(self._board.held.get(self.worker, {}).values())
 
     def _read(self) -> None:
-        try:
+        with replayed(self._log.name):
             for entry in self._log.read(self._cursor):
                 self._board.apply(entry)
-        except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
-            raise InputError(
-                f"the run's log can't be read: an entry makes no sense ({type(error).__name__}: {error})",
-                place=Place(self._log.name),
-                fix="restore it from a copy, or start again with --fresh (the old run is kept)",
-            ) from error
         if self._config.search.sampler == "tpe":
             self._seen.ask([item.values for item in self._board.search[self._asked :]])
             self._asked = len(self._board.search)
@@ -325,7 +318,7 @@ class SharedStudy:
         if self._study is None:
             storage = optuna.storages.JournalStorage(cast("BaseJournalBackend", self._log))
             self._study = optuna.load_study(storage=storage, study_name=Phase.SEARCH)
-        with warnings.catch_warnings():
+        with replayed(self._log.name), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # experimental samplers, and samplers that take choices one by one
             self._study.sampler = sampler(self._config.search, self._config.axes, number)
             self._study.ask(fixed_distributions=self._axes)

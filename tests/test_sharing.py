@@ -379,7 +379,7 @@ def test_entries_that_make_no_sense_are_one_plain_error(tmp_path, entry):
     Worker(path, config, "a").turn(0)
     with path.open("a") as file:
         file.write(f'{entry[:-1]},"end":true}}\n')
-    with pytest.raises(InputError, match="an entry makes no sense"):
+    with pytest.raises(InputError, match="the run's journal can't be replayed"):
         Worker(path, config, "b")
 
 
