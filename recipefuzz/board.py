@@ -120,7 +120,10 @@ class Board:
             item.holder, item.lost = holder, lost
             self._hold(item)
         if RESULT in attributes and item.result is None:
-            item.result = TrialResult.from_record(attributes[RESULT])
+            result = TrialResult.from_record(attributes[RESULT])
+            if (result.phase, result.trial, result.seed) != (item.phase, item.trial, item.seed):
+                raise ValueError(f"trial {item.trial} has the result of another one")
+            item.result = result
             self._release(item)
             self.finished.append(item.result)
             self.searching -= item.phase is Phase.SEARCH

@@ -31,7 +31,7 @@ from recipefuzz.entry_log import Cursor, EntryLog, TurnLostError, replayed
 from recipefuzz.peak import Peak
 from recipefuzz.ranking import candidates
 from recipefuzz.recipe import Scalar
-from recipefuzz.result import Phase, TrialResult
+from recipefuzz.result import Phase, TrialResult, check_values
 from recipefuzz.sampling import BlockTPE, Seen, at_random, distribution, mixed_seed, sampler, total
 from recipefuzz.trial_log import ELAPSED, META, PEAK, RESULT, TrialLog
 
@@ -204,11 +204,13 @@ class SharedStudy:
         with replayed(self._log.name):
             for entry in self._log.read(self._cursor):
                 self._board.apply(entry)
+            news = self._board.finished[self._told :]
+            check_values(news, self._config.axes)
+        self._told = len(self._board.finished)
         if self._config.search.sampler == "tpe":
             self._seen.ask([item.values for item in self._board.search[self._asked :]])
             self._asked = len(self._board.search)
-            self._tell_tpe(self._board.finished[self._told :])
-            self._told = len(self._board.finished)
+            self._tell_tpe(news)
 
     def _tell_tpe(self, results: Iterable[TrialResult]) -> None:
         for result in results:

@@ -371,6 +371,8 @@ def test_another_study_under_the_same_name_is_seen(tmp_path):
         '{"op_code":8,"trial_id":99,"user_attr":{"holder":["a",0]}}',
         '{"op_code":8,"trial_id":0,"user_attr":{"holder":7}}',
         '{"op_code":8,"trial_id":0,"user_attr":{"result":{"phase":"x"}}}',
+        '{"op_code":8,"trial_id":0,"user_attr":{"result":{"trial":1,"phase":"search","seed":0,"values":{},"error":"x"}}}',
+        '{"op_code":8,"trial_id":0,"user_attr":{"result":{"trial":0,"phase":"search","seed":0,"values":{"lr":99},"error":"x"}}}',
         '{"op_code":5,"trial_id":0,"param_name":"no","param_value_internal":1}',
     ],
 )
