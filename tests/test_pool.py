@@ -176,14 +176,14 @@ def test_a_trial_that_ends_its_worker_costs_itself_alone(write_study, monkeypatc
     fates = ["train", "exit", "train", "kill", "hang", "train", "crash", "raise", "train"]
     jobs = jobs_of(config, [{"lr": 0.1, "fate": fate} for fate in fates])
     expected = of_this_process(config, [j for j, fate in zip(jobs, fates, strict=True) if fate == "train"])
-    found = of_pool(config, jobs, workers=2, timeout=4.0)
+    found = of_pool(config, jobs, workers=2, timeout=10.0)
     assert sorted(found) == list(range(len(jobs)))
     errors = {fates[key]: outcome.error for key, outcome in found.items() if fates[key] != "train"}
     assert errors == {
         "exit": "killed: the worker process ended with exit code 3",
         "kill": "killed: the worker process got SIGKILL: probably out of memory",
         "crash": "killed: the worker process got SIGSEGV",
-        "hang": "timeout: not done after 4 s (trial.timeout)",
+        "hang": "timeout: not done after 10 s (trial.timeout)",
         "raise": f"IndexError: list index out of range (case.py:{line_of('[][0]', config)})",
     }
     assert found[fates.index("hang")].seconds >= 4
