@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from recipefuzz.entry_log import END, Beat, Entry, EntryLog
+from recipefuzz.entry_log import END, Beat, Entry, EntryLog, TurnLostError
 from recipefuzz.errors import InputError, Place, RunFailedError
 from recipefuzz.locks import BusyError, Lock, hold
 
@@ -68,11 +68,14 @@ class Journal(EntryLog):
 
     @contextmanager
     def _locked(self, seconds: float) -> Iterator[None]:
-        try:
-            with hold(self._path, self._lock, seconds):
-                yield
-        except BusyError as error:
-            raise at_work(self._path.parent) from error
+        with contextlib.ExitStack() as held:
+            try:
+                held.enter_context(hold(self._path, self._lock, seconds))
+            except BusyError as error:
+                raise at_work(self._path.parent) from error
+            except OSError as error:
+                raise _cannot("lock", self._path, error) from error
+            yield
 
     @property
     def _writes(self) -> bool:
@@ -84,9 +87,24 @@ class Journal(EntryLog):
             yield
             return
         with self._locked(SHARED_LOCK_SECONDS):
+            self._stay()
             self.catch_up()
             self._cut()
             yield
+
+    def _stay(self) -> None:
+        """Refuse to go on where the run was put aside: what is at the path belongs to another one."""
+        assert self._file is not None
+        try:
+            same = os.path.samestat(os.fstat(self._file.fileno()), self._path.stat())
+        except OSError as error:
+            raise _cannot("read", self._path, error) from error
+        if not same:
+            raise RunFailedError(
+                "another run is there now: this worker's was put aside, perhaps by --fresh",
+                place=Place(str(self._path)),
+                fix="what was recorded is in the folder beside it; start workers of the new run if it needs any",
+            )
 
     def catch_up(self) -> None:
         logs, size = _whole(self._path, self._bytes(self._position), self._count, self._position)
@@ -116,11 +134,14 @@ class Journal(EntryLog):
     def _store(self, data: str, *, sync: bool) -> int:
         """A power cut can take it until it is synced: by `close`, or by this, if the last sync was SYNC_SECONDS ago.
 
-        So fast trials share one sync, and of slow ones each has its own.
+        So fast trials share one sync, and of slow ones each has its own. A worker that was suspended in its turn may
+        have lost its lock meanwhile: what others wrote then is not cut.
         """
         assert self._file is not None
         content, written = data.encode(), 0
         try:
+            if self._shared and os.fstat(self._file.fileno()).st_size != self._position:
+                raise TurnLostError
             self._file.truncate(self._position)  # where that failed after a failed write
             self._file.seek(self._position)
             while written < len(content):
