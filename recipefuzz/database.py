@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     import psycopg
 
 PATIENCE = 600.0  # seconds: a server that is restarted, or moved to another machine, is there again by then
+BEAT_PATIENCE = 2.0  # a sign of life that comes late is worth nothing, and there will be others
 TABLES = """
 create table if not exists recipefuzz_batches (
     study text, number integer, entries text not null, count integer not null, token text not null,
@@ -51,17 +52,16 @@ class DatabaseLog(EntryLog):
         url: `postgresql://user@host:port/database`, without a password.
         study: its name.
         write: to write it, too.
-        patience: seconds to wait for a server that is not there.
 
     Raises:
-        InputError: the server refuses the user, or knows no such database.
-        RunFailedError: it can't be reached.
+        InputError: there is no such server, or it refuses the user, or knows no such database.
+        RunFailedError: later, it has been out of reach for PATIENCE seconds.
     """
 
-    def __init__(self, url: str, study: str, *, write: bool, patience: float = PATIENCE) -> None:
+    def __init__(self, url: str, study: str, *, write: bool) -> None:
         super().__init__()
         self.name = f"{url} ({study})"
-        self._url, self._study, self._write, self._patience = url, study, write, patience
+        self._url, self._study, self._write = url, study, write
         self._token = f"{random.SystemRandom().getrandbits(64):x}"
         self._turns = 0
         self._tail: tuple[int, list[str]] = 0, []  # batches that are fetched and not parsed yet, and what precedes them
@@ -69,11 +69,11 @@ class DatabaseLog(EntryLog):
         self._connection: psycopg.Connection[Any] | None = None
         try:
             self._connect()
-        except self._psycopg.OperationalError as error:
+        except self._psycopg.Error as error:
+            self.close()
             raise InputError(
-                "can't open the database",
+                f"can't open the database: {str(error).strip().splitlines()[0]}",
                 place=Place(url),
-                found=str(error).strip().splitlines()[-1],
                 fix="is the server running, and does PGPASSWORD or ~/.pgpass hold the password?",
             ) from error
 
@@ -89,26 +89,31 @@ class DatabaseLog(EntryLog):
                     self._connection.execute(TABLES)
         return self._connection
 
-    def _again(self, what: Callable[[], T]) -> T:
+    def _again(self, what: Callable[[], T], patience: float | None = None) -> T:
         """Do it, with a new connection where the old one is gone, until the patience is spent."""
-        end, pause = time.monotonic() + self._patience, 0.1
+        patience = PATIENCE if patience is None else patience
+        end, pause = time.monotonic() + patience, 0.1
         while True:
             try:
                 return what()
-            except (self._psycopg.OperationalError, self._psycopg.InterfaceError) as error:
-                if self._connection is not None:
-                    with contextlib.suppress(Exception):
-                        self._connection.close()
+            except self._psycopg.Error as error:
+                if not self._is_lost(error):
+                    problem = f"the database refuses: {str(error).strip()}"
+                    raise RunFailedError(problem, place=Place(self._url)) from error
+                self.close()
                 if time.monotonic() > end:
                     raise RunFailedError(
-                        f"the database has been out of reach for {self._patience:.0f} s: {str(error).strip()}",
+                        f"the database has been out of reach for {patience:.0f} s: {str(error).strip()}",
                         place=Place(self._url),
                         fix="everything recorded before is kept; run the same command again when it is back",
                     ) from error
-                time.sleep(pause * random.uniform(0.5, 1.5))  # noqa: S311 - so that not all workers come back at once
-                pause = min(2 * pause, 5.0)
-            except self._psycopg.Error as error:
-                raise RunFailedError(f"the database refuses: {str(error).strip()}", place=Place(self._url)) from error
+            time.sleep(pause * random.uniform(0.5, 1.5))  # noqa: S311 - so that not all workers come back at once
+            pause = min(2 * pause, 5.0)
+
+    def _is_lost(self, error: psycopg.Error) -> bool:
+        """Whether it lies with the connection: a server that ends one may give any reason for that."""
+        of_connections = (self._psycopg.OperationalError, self._psycopg.InterfaceError)
+        return isinstance(error, of_connections) or self._connection is None or self._connection.closed
 
     @property
     def _writes(self) -> bool:
@@ -184,7 +189,7 @@ class DatabaseLog(EntryLog):
             query += "(study, worker) do update set mark = excluded.mark, about = excluded.about, seen = now()"
             self._connect().execute(query, (self._study, worker, mark, json.dumps(dict(about))))
 
-        self._again(write)
+        self._again(write, BEAT_PATIENCE)
 
     def beats(self, workers: Iterable[str] | None = None) -> dict[str, Beat]:
         def rows() -> list[tuple[str, str, str, float]]:

@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-from recipefuzz.entry_log import END, Beat, Entry, EntryLog
+from recipefuzz.entry_log import END, Beat, Entry, EntryLog, TurnLostError
 from recipefuzz.errors import InputError, Place, RunFailedError
 from recipefuzz.locks import BusyError, Lock, hold
 
@@ -54,6 +54,7 @@ class Journal(EntryLog):
         try:
             if write:
                 self._path.touch()
+                self._identity = (found := self._path.stat()).st_dev, found.st_ino
             if write and not shared:
                 self._held.enter_context(self._locked(LOCK_SECONDS))
             if not shared:
@@ -69,11 +70,14 @@ class Journal(EntryLog):
 
     @contextmanager
     def _locked(self, seconds: float) -> Iterator[None]:
-        try:
-            with hold(self._path, self._lock, seconds):
-                yield
-        except BusyError as error:
-            raise at_work(self._path.parent) from error
+        with contextlib.ExitStack() as held:
+            try:
+                held.enter_context(hold(self._path, self._lock, seconds))
+            except BusyError as error:
+                raise at_work(self._path.parent) from error
+            except OSError as error:
+                raise _cannot("lock", self._path, error) from error
+            yield
 
     @property
     def _writes(self) -> bool:
@@ -85,10 +89,24 @@ class Journal(EntryLog):
             yield
             return
         with self._locked(SHARED_LOCK_SECONDS):
+            self._stay()
             self.catch_up()
             self._mend()
             yield
         self._sync_in_time()  # others need not wait for it
+
+    def _stay(self) -> None:
+        """Refuse to go on where the run was put aside: what is at the path belongs to another one."""
+        try:
+            found = self._path.stat()
+        except OSError as error:
+            raise _cannot("read", self._path, error) from error
+        if (found.st_dev, found.st_ino) != self._identity:
+            raise RunFailedError(
+                "another run is there now: this worker's was put aside, perhaps by --fresh",
+                place=Place(str(self._path)),
+                fix="what was recorded is in the folder beside it; start workers of the new run if it needs any",
+            )
 
     def catch_up(self) -> None:
         content = self._bytes(self._position)
@@ -142,10 +160,15 @@ class Journal(EntryLog):
             file.truncate(self._position)
 
     def _store(self, data: str, *, sync: bool) -> int:
-        """The file is opened anew: by closing it a network filesystem's server has it, before another has its turn."""
+        """The file is opened anew: by closing it a network filesystem's server has it, before another has its turn.
+
+        A worker that was suspended in its turn may have lost its lock meanwhile: what others wrote then is not cut.
+        """
         content, written = data.encode(), 0
         try:
             with self._opened() as file:
+                if self._shared and os.fstat(file.fileno()).st_size != self._position:
+                    raise TurnLostError
                 self._cut(file)
                 file.seek(self._position)
                 try:

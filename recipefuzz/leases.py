@@ -63,7 +63,7 @@ class Heart:
     def __init__(self, log: EntryLog, worker: str, lease: float, about: Mapping[str, Any]) -> None:
         self._log, self._worker, self._pause = log, worker, lease / BEATS
         self._about = dict(about)
-        self._stopped = threading.Event()
+        self._stopped, self._arrived = threading.Event(), 0
         self._beat(0)
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
@@ -71,6 +71,10 @@ class Heart:
     def tell(self, **about: Any) -> None:
         """Say something else, from the next beat on."""
         self._about = self._about | about
+
+    def clock(self) -> float:
+        """Seconds in which signs of life have arrived: while a database is away, nobody's do, and no lease lapses."""
+        return self._arrived * self._pause
 
     def _run(self) -> None:
         beats = 0
@@ -82,6 +86,7 @@ class Heart:
 
     def _beat(self, beats: int) -> None:
         self._log.beat(self._worker, str(beats), self._about)
+        self._arrived += 1
 
     def stop(self) -> None:
         """Leave: others need not wait for the lease to lapse."""

@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
 
-from recipefuzz.errors import InputError, Place, RunFailedError
+from recipefuzz.errors import InputError, Place
 
 try:
     import fcntl
@@ -48,7 +48,8 @@ def hold(path: Path, lock: Lock, seconds: float) -> Iterator[None]:
 
     Raises:
         BusyError: another process holds it for longer.
-        InputError, RunFailedError: the filesystem has no such lock.
+        OSError: the disk is full, or the file is gone.
+        InputError: the filesystem has no such lock.
     """
     if lock is Lock.FILE:
         with _by_file(path):
@@ -73,8 +74,7 @@ def _take(file: int, path: Path, seconds: float) -> None:
         except OSError as error:
             if error.errno in NO_LOCKS:
                 return None if seconds < 1 else _refuse(path)
-            problem = f"can't lock the run's journal: {error.strerror}"
-            raise RunFailedError(problem, place=Place(str(path))) from error
+            raise
         time.sleep(pause)
         pause = min(pause * GROWTH, LONGEST_PAUSE)
 

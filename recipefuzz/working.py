@@ -56,17 +56,26 @@ def work(config: Config, folder: RunFolder, listener: Listener, stop: Stop) -> b
 
 
 def search_shared(config: Config, task: Task, folder: RunFolder, listener: Listener, *, fresh: bool) -> SearchResult:
-    """A search that others may join: one more worker, and the tables once nothing is left to be done."""
+    """A search that others may join: one more worker, and the tables once nothing is left to be done.
+
+    Raises:
+        SystemExit: it was told to stop, as by `Stop`.
+    """
     with shared(config, folder, task, listener, fresh=fresh) as shift:
         try:
             with Stop() as stop:
-                if shift.work(stop):
-                    explain(config, task, folder, shift.study.results, listener)
+                over = shift.work(stop)
+            if over:
+                explain(config, task, folder, shift.study.results, listener)
         except BaseException:
             with contextlib.suppress(RunFailedError):  # a full disk: the first error is the one to show
                 report(folder, config, shift.study.results, shift.study.peak)
             raise
-        return report(folder, config, shift.study.results, shift.study.peak)
+        found = report(folder, config, shift.study.results, shift.study.peak)
+    if not over and stop.signal is not None:
+        stop.pass_on()
+        raise SystemExit(128 + stop.signal)
+    return found
 
 
 def finish(config: Config, folder: RunFolder, listener: Listener) -> SearchResult:
@@ -146,7 +155,7 @@ class Shift:
     ) -> None:
         self._config, self._log, self.study, self._engine = config, log, study, engine
         self._heart, self._listener = heart, listener
-        self._watch, self._looked, self._gone = Watch(config.run.lease), 0.0, set[str]()
+        self._watch, self._looked, self._gone = Watch(config.run.lease, heart.clock), 0.0, set[str]()
         self._clock = Clock(config.search.time, study.seconds)
         self._pace = Pace.of(config, engine)
         self._held: dict[tuple[int, int], Item] = {}
@@ -176,24 +185,25 @@ class Shift:
 
     def _turn(self, *, leaving: bool = False) -> Turn:
         results = [to_result(self._config, o, self._held[o.job.key, o.job.seed].phase) for o in self._done]
-        for outcome in self._done:
-            del self._held[outcome.job.key, outcome.job.seed]
-        start, lapsed = time.monotonic(), self._lapsed()
-        self._finished += len(results)
-        rate = self._finished / max(start - self._began, 1.0)
-        room = 0 if leaving else self._pace.room(rate, self._turn_took) - len(self._held)
+        start, lapsed, under_way = time.monotonic(), self._lapsed(), len(self._held) - len(results)
+        rate = (self._finished + len(results)) / max(start - self._began, 1.0)
+        room = 0 if leaving else self._pace.room(rate, self._turn_took) - under_way
         peak = max((outcome.peak for outcome in self._done), default=0)
         turn = self.study.turn(
             results,
             most=max(0, room),
-            least=max(0, self._pace.busy - len(self._held)),
+            least=max(0, self._pace.busy - under_way),
             lapsed=lapsed,
             elapsed=self._clock.seconds,
             late=self._clock.over,
             peak=Peak(megabytes(), peak),
         )
-        for worker in lapsed:
-            self._log.beat(worker, "", None)
+        with contextlib.suppress(RunFailedError):  # they are shown as gone, too, where this fails
+            for worker in lapsed:
+                self._log.beat(worker, "", None)
+        for outcome in self._done:
+            del self._held[outcome.job.key, outcome.job.seed]
+        self._finished += len(results)
         self._done.clear()
         self._last_turn = time.monotonic()
         self._turn_took = self._last_turn - start
@@ -241,9 +251,9 @@ class Shift:
         for phase in Phase:
             news = [result for result in turn.news if result.phase is phase]
             if self._phase is None or (news and phase is not self._phase):
-                self._phase = phase
                 total = self.study.total if phase is Phase.SEARCH else len(self.study.wanted())
-                self._listener.begin(phase, news, total)
-            else:
-                for result in news:
-                    self._listener.finished(result)
+                done = news if self._phase is None else []  # what there was before this worker came
+                self._listener.begin(phase, done, total)
+                self._phase, news = phase, news[len(done) :]
+            for result in news:
+                self._listener.finished(result)

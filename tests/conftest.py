@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING
 import pytest
 
 if TYPE_CHECKING:
+    from postgres import Server
+
     from recipefuzz.config import Config
 
 CASE = """\
@@ -84,6 +86,15 @@ def cache_of_the_tests(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Non
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         yield
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[Server]:
+    """A server of PostgreSQL, for all tests that need one."""
+    from postgres import serving
+
+    with serving() as server:
+        yield server
 
 
 @pytest.fixture(autouse=True)

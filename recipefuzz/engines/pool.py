@@ -26,6 +26,7 @@ from recipefuzz.engines.ahead import Ahead
 from recipefuzz.engines.job import Job, Outcome, once, structure
 from recipefuzz.engines.processes import SAFE_PATH, apart_from_users_code
 from recipefuzz.errors import RecipefuzzError, RunFailedError
+from recipefuzz.stopping import SIGNALS
 from recipefuzz.trace import Trace
 from recipefuzz.verdict import Budget
 
@@ -36,7 +37,7 @@ POLL_SECONDS = 5.0
 VISIBLE = "CUDA_VISIBLE_DEVICES"
 SIGNAL_SECONDS = 1.0  # until a signal has reached all processes of a job
 FORKSERVER_GONE = 255  # what multiprocessing gives for the exit code then
-ENDED_BY_JOB = (*(-s for s in (signal.SIGTERM, signal.SIGINT)), FORKSERVER_GONE)
+ENDED_BY_JOB = (*(-s for s in (*SIGNALS, signal.SIGINT)), FORKSERVER_GONE)
 
 
 @dataclass
