@@ -1,0 +1,93 @@
+"""What a SLURM job runs, and all that is unpickled for it.
+
+submitit pickles the function of each job into `<run>/jobs/<job>_submitted.pkl`, and the job unpickles it. Of ours there
+is a `Worker` or a `Finish` in it: the name of the class, and the run's path as a string. The class is imported from the
+installed recipefuzz; config and trials are read from the run's folder as data. The pickle itself is trusted, so the
+folder must be its owner's alone, see `private_folder`. The job pickles its outcome beside it (None, or a traceback),
+which nothing of ours reads.
+
+A job that is told to stop while work is left goes back into the queue. Once its worker has given its trials back,
+submitit's own handler does that (`checkpoint`, then `scontrol requeue`), whether its time limit is near or it is
+preempted: SLURM 22.05 counts a preempted job that leaves before its grace time is over as completed, whatever its exit
+code, and does not requeue it; and one that has requeued itself it does not requeue again. `scancel` is another matter:
+its signal is that of preemption, but for SLURM the job is not running any more.
+"""
+
+from __future__ import annotations
+
+import abc
+import os
+import signal
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from submitit.core.utils import DelayedSubmission
+
+SECONDS = 30.0  # for SLURM to answer, of those between the signal and the end
+
+
+@dataclass(frozen=True)
+class _Task(abc.ABC):
+    """submitit calls it, and puts the job back into the queue with what `checkpoint` returns: the same again."""
+
+    run: str
+
+    @abc.abstractmethod
+    def __call__(self) -> None: ...
+
+    def checkpoint(self) -> DelayedSubmission:
+        from submitit.core.utils import DelayedSubmission
+
+        return DelayedSubmission(self)
+
+
+@dataclass(frozen=True)
+class Worker(_Task):
+    """`recipefuzz worker RUN`; with work left, another time."""
+
+    def __call__(self) -> None:
+        from recipefuzz.stopping import Stop
+
+        stop = Stop()
+        with stop:  # before torch is imported, which takes seconds
+            from recipefuzz.listening import Printed
+            from recipefuzz.run_folder import RunFolder
+            from recipefuzz.working import work
+
+            folder = RunFolder(Path(self.run))
+            over = work(folder.load_config(), folder, Printed(), stop)
+        if stop.signal is not None and not over and _is_wanted(stop.signal):
+            _requeue()
+
+
+@dataclass(frozen=True)
+class Finish(_Task):
+    """The end of the search: the report, failures explained."""
+
+    def __call__(self) -> None:
+        from recipefuzz.listening import Printed
+        from recipefuzz.run_folder import RunFolder
+        from recipefuzz.working import finish
+
+        folder = RunFolder(Path(self.run))
+        finish(folder.load_config(), folder, Printed())
+
+
+def _is_wanted(told: signal.Signals) -> bool:
+    """Whether the job was not cancelled. SLURM knows; if it does not answer, the signal tells: `scancel` sends TERM."""
+    command = ["squeue", "--noheader", "--format=%T", f"--jobs={os.environ['SLURM_JOB_ID']}"]
+    try:
+        answer = subprocess.run(command, capture_output=True, text=True, check=True, timeout=SECONDS)  # noqa: S603
+    except (OSError, subprocess.SubprocessError):
+        return told is not signal.SIGTERM
+    return answer.stdout.strip() == "RUNNING"
+
+
+def _requeue() -> None:
+    """By submitit's handler, which listened for the signal before the worker did. It does not return."""
+    from submitit.slurm.slurm import SlurmJobEnvironment
+
+    signal.raise_signal(signal.Signals[f"SIG{SlurmJobEnvironment.USR_SIG}"])
