@@ -309,6 +309,37 @@ def status(run: RunName) -> None:
 
 
 @app.command()
+def worker(run: RunName, workers: Workers = None) -> None:
+    """Train trials of a run beside its other workers, on this machine or others that see its folder."""
+    with imports_kept():
+        from recipefuzz.engines.pool import warm_up
+        from recipefuzz.report.progress import Progress
+        from recipefuzz.report.terminal import console
+        from recipefuzz.run_folder import RunFolder
+
+        folder = RunFolder.find(run)
+        study = folder.load_config().but(workers=workers, folder=folder.path)
+        warm_up()
+        from recipefuzz.stopping import Stop
+        from recipefuzz.working import work
+
+    out = console()
+    progress = Progress(out, study.axes.names)
+    with Stop() as stop:
+        try:
+            over = work(study, folder, progress, stop)
+        except KeyboardInterrupt:
+            out.print(f"interrupted; what was not finished is given back. Go on with: recipefuzz worker {run}")
+            raise
+        finally:
+            progress.close()
+    stop.pass_on()
+    if not over and stop.signal is not None:
+        raise typer.Exit(128 + stop.signal)
+    out.print(f"nothing is left to be done: recipefuzz report {run}")
+
+
+@app.command()
 def init(
     path: Annotated[Path, typer.Argument(help="The config to write.")] = Path("study.yaml"),
     model: Annotated[str, typer.Option(help="Your model factory, or a built-in model.")] = "my_model:build",

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
+from urllib.parse import parse_qs, urlsplit
 
 from pydantic import AfterValidator, BeforeValidator, Field, PrivateAttr, ValidationError
 
@@ -25,6 +26,7 @@ from recipefuzz.space import Range, Space
 
 Samplers = Literal["tpe", "random", "qmc", "grid", "gp", "cmaes"]
 STUDY_NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}"
+FILE = "file"  # a shared study in its run's folder
 
 
 def _workers(value: object) -> object:
@@ -54,6 +56,18 @@ def _arrays_file(path: str) -> str:
     if Path(path).suffix not in (".npz", ".json"):
         raise ValueError("not a file of arrays")
     return path
+
+
+def _storage(url: str) -> str:
+    """Where a shared study is kept; who may use it is not written into files."""
+    parts = urlsplit(url)
+    if url == FILE:
+        return url
+    if parts.scheme not in ("postgresql", "postgres"):
+        raise ValueError("not a database")
+    if parts.password is not None or "password" in parse_qs(parts.query):
+        raise ValueError("a password does not belong into the config")
+    return url
 
 
 Arguments = Annotated[dict[str, Any], AfterValidator(_plain)]
@@ -118,6 +132,10 @@ class SearchConfig(Section):
 class RunConfig(Section):
     """Where it runs. Nothing here changes a result, but for the rounding of another device.
 
+    `storage` is where a study that many workers share is kept: `file`, in the run's folder, whose writers are kept
+    apart by `lock`, or a database. Without it one process has the study for itself. A worker that is silent for
+    `lease` seconds loses its trials to the others; a trial that has lost `retries` workers is an error.
+
     With `launcher: slurm`, `recipefuzz search` submits a job array as `recipefuzz submit` does; `workers` are the
     processes of each job.
     """
@@ -126,6 +144,10 @@ class RunConfig(Section):
     engine: Literal["auto", "sequential", "fused"] = "auto"
     workers: Annotated[Literal["auto"] | int, BeforeValidator(_workers)] = "auto"
     folder: str | None = None
+    storage: Annotated[str, AfterValidator(_storage)] | None = None
+    lock: Literal["kernel", "file"] = "kernel"
+    lease: Duration = 60.0
+    retries: Count = 3
     launcher: Literal["local", "slurm", "template"] = "local"
     slurm: SlurmConfig = SlurmConfig()
     template: TemplateConfig = TemplateConfig()
@@ -163,6 +185,11 @@ class Config(Section):
     @property
     def reference_path(self) -> Path | None:
         return (self._source.folder / self.reference).resolve() if self.reference else None
+
+    @property
+    def database(self) -> str | None:
+        """Where the study is, if it is in a database."""
+        return self.run.storage if self.run.storage != FILE else None
 
     @cached_property
     def axes(self) -> Space:
@@ -204,7 +231,7 @@ class Config(Section):
             InputError: a value that the config would not take.
         """
         launcher = "slurm" if self.run.launcher == "local" else self.run.launcher
-        changes: dict[KeyPath, Any] = {("run", "launcher"): launcher}
+        changes: dict[KeyPath, Any] = {("run", "launcher"): launcher, ("run", "storage"): self.run.storage or FILE}
         if template is not None:
             changes |= {("run", "launcher"): "template", ("run", "template", "file"): template.resolve()}
         if workers is not None:
@@ -287,6 +314,8 @@ def _first_fault(error: ValidationError, source: Source) -> InputError:
     if first["type"] == "missing":
         expected = _meaning(path)
         return InputError(f"the key {dotted(path)!r} is missing", place=place, expected=expected, detail=others)
+    if dotted(path) == "run.storage":  # it may hold a password
+        return InputError(_sentence(first), place=place, expected=_meaning(path), detail=others)
     found = {None: "null", True: "true", False: "false"}[first["input"]] if _is_word(first["input"]) else first["input"]
     expected = ", ".join(_known_keys(path)) if first["type"] == "model_type" else _meaning(path)
     return InputError(_sentence(first), place=place, found=found, expected=expected, detail=others)
@@ -360,4 +389,9 @@ MEANING = job_config.MEANING | {
     "run.device": "auto, cpu, cuda, cuda:0, ... or mps",
     "run.workers": "auto, or a number of processes up to 1024 (0: train in this one)",
     "run.engine": "auto, sequential or fused",
+    "run.storage": "for many workers: file, in the run's folder, or postgresql://user@host/database; "
+    "its password in PGPASSWORD or ~/.pgpass",
+    "run.lock": "kernel, or file where the filesystem has no locks that other machines see",
+    "run.lease": DURATION + ": after so much silence a worker counts as gone",
+    "run.retries": "an integer, 1 or more: workers that a trial may lose before it is an error",
 }

@@ -1,10 +1,8 @@
-"""An append-only file of JSON lines, written in batches, that survives a kill at any moment and a full disk.
+"""The log of a study in a file: JSON lines, written in batches, that survive a kill at any moment and a full disk.
 
-It keeps Optuna's journal format, so `optuna.storages.JournalStorage` works on top of it and other programs of Optuna's
-can read the file. Optuna's own file backend locks, writes and syncs once for each parameter of each trial, and appends
-to a torn last line, which damages the file; this one buffers until `flush`, and cuts a torn batch off first. A batch
-counts as a whole or not at all, so that what it holds (a trial with all its values, say) is never half there: the last
-entry of each bears a mark, which Optuna ignores.
+The format is that of Optuna's journal. Optuna's own file backend appends to a torn last line, which damages the file;
+this one cuts a torn batch off first: the last entry of each bears a mark, which Optuna ignores. A batch is written at
+an offset, so that a network filesystem that sends a write twice writes the same twice.
 """
 
 from __future__ import annotations
@@ -15,114 +13,126 @@ import json
 import math
 import os
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from recipefuzz.entry_log import END, Beat, Entry, EntryLog
 from recipefuzz.errors import InputError, Place, RunFailedError
+from recipefuzz.locks import BusyError, Lock, hold
 
-try:
-    import fcntl
-except ImportError:  # Windows: no lock, so starting two searches in one folder is not noticed
-    fcntl = None  # type: ignore[assignment]
-
-
-LOCK_TRIES = 10
 SYNC_SECONDS = 1.0  # of results that a power cut may take; a sync takes milliseconds, as long as some trials
-ENCODER = json.JSONEncoder(separators=(",", ":"), allow_nan=False)  # json.dumps makes one at every call
-END = "end"  # the key that marks the last entry of a batch
+LOCK_SECONDS = 0.5  # `status` holds the lock for an instant to see whether it is free
+SHARED_LOCK_SECONDS = 600.0  # a turn takes milliseconds, but its holder may have been suspended in it
+BEATS = "workers"  # the folder of the workers' signs of life, beside the journal
 
 
-class Journal:
-    """The journal of one run, held by one writer at a time.
+class Journal(EntryLog):
+    """The journal of one run.
 
     Args:
         path: the file; made if it is to be written.
-        write: take the lock and cut off a torn batch. Readers take no lock and skip it.
+        write: to write it, too. Unless it is shared, the lock is held until `close`. Readers take no lock.
+        shared: with others who write in turn, each in `exclusive`.
+        lock: how writers keep apart, see `locks`.
 
     Raises:
         InputError: another process writes it, or a line in the middle is no JSON.
         RunFailedError: the file can't be opened.
     """
 
-    def __init__(self, path: Path, *, write: bool) -> None:
-        self._path = path
-        self._pending: list[str] = []
+    def __init__(self, path: Path, *, write: bool, shared: bool = False, lock: Lock = Lock.KERNEL) -> None:
+        super().__init__()
+        self.name = str(path)
+        self._path, self._shared, self._lock = path, shared, lock
         self._synced, self._unsynced = -math.inf, False
-        self._file = self._open_locked() if write else None
+        self._held = contextlib.ExitStack()
+        self._file = self._open() if write else None
         try:
-            self._held, self._size = _read(path)
-            self._read_to = 0, self._size  # the entries that were handed out, and the bytes that were read
-            if self._file is not None:
-                self._file.truncate(self._size)
+            if write and not shared:
+                self._held.enter_context(self._locked(LOCK_SECONDS))
+                self.catch_up()
+                self._cut()
+            elif not shared:
+                self.catch_up()
         except BaseException:
             self.close()
             raise
 
-    def _open_locked(self) -> Any:
+    def _open(self) -> Any:
         try:
-            file = self._path.open("ab", buffering=0)
+            return os.fdopen(os.open(self._path, os.O_RDWR | os.O_CREAT, 0o666), "r+b", buffering=0)
         except OSError as error:
             raise _cannot("open", self._path, error) from error
-        if fcntl is None:
-            return file
+
+    @contextmanager
+    def _locked(self, seconds: float) -> Iterator[None]:
         try:
-            _lock(file)
-        except BlockingIOError as error:
-            file.close()
+            with hold(self._path, self._lock, seconds):
+                yield
+        except BusyError as error:
             raise at_work(self._path.parent) from error
-        except OSError as error:
-            if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
-                raise _cannot("lock", self._path, error) from error
-        return file
 
-    def read_logs(self, log_number_from: int) -> list[dict[str, Any]]:
-        """Entries from that one on, the pending ones too. They are on disk alone: of a long study they are many."""
-        if log_number_from < self._read_to[0]:
-            self._held, self._read_to = [], (0, 0)
-        number, offset = self._read_to
-        logs = self._held + self._written_since(offset)
-        self._held, self._read_to = [], (number + len(logs), self._size)
-        return [*logs, *map(json.loads, self._pending)][log_number_from - number :]
+    @property
+    def _writes(self) -> bool:
+        return self._file is not None
 
-    def _written_since(self, offset: int) -> list[dict[str, Any]]:
-        with self._path.open("rb") as file:
-            file.seek(offset)
-            lines = file.read(self._size - offset).splitlines(keepends=True)
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        if not self._shared:
+            yield
+            return
+        with self._locked(SHARED_LOCK_SECONDS):
+            self.catch_up()
+            self._cut()
+            yield
+
+    def catch_up(self) -> None:
+        logs, size = _whole(self._path, self._bytes(self._position), self._count, self._position)
+        self._count, self._position = self._count + len(logs), self._position + size
+
+    def _load(self, position: int) -> list[Entry]:
+        lines = self._bytes(position)[: self._position - position].splitlines(keepends=True)
         return _entries(lines) or []
 
-    def append_logs(self, logs: Iterable[dict[str, Any]]) -> None:
-        """Add entries; the next `flush` writes them."""
-        for log in logs:
-            self._pending.append(ENCODER.encode(log))
-
-    def flush(self, *, sync: bool = True) -> None:
-        """Write all entries added since in one piece.
-
-        No kill can take them then. A power cut can until they are synced: by `close`, or by this, with `sync`, if
-        the last sync was SYNC_SECONDS ago; so fast trials share one, and of slow ones each has its own.
-
-        Raises:
-            RunFailedError: the disk is full or gone. Nothing of the batch is left in the file.
-        """
-        if not self._pending or self._file is None:
-            return
-        *rest, last = self._pending
-        data = "\n".join([*rest, f'{last[:-1]},"{END}":true}}', ""]).encode()
+    def _bytes(self, position: int) -> bytes:
         try:
-            self._file.truncate(self._size)  # where that failed after a failed write
-            written = 0
-            while written < len(data):
-                written += self._file.write(data[written:])
+            with self._path.open("rb") as file:  # opened anew: a network filesystem then asks the server
+                file.seek(position)
+                return file.read()
+        except OSError as error:
+            raise _cannot("read", self._path, error) from error
+
+    def _cut(self) -> None:
+        """Take a torn batch off: its writer is dead, or it would hold the lock."""
+        assert self._file is not None
+        try:
+            if os.fstat(self._file.fileno()).st_size > self._position:
+                self._file.truncate(self._position)
+        except OSError as error:
+            raise _cannot("write", self._path, error) from error
+
+    def _store(self, data: str, *, sync: bool) -> int:
+        """A power cut can take it until it is synced: by `close`, or by this, if the last sync was SYNC_SECONDS ago.
+
+        So fast trials share one sync, and of slow ones each has its own.
+        """
+        assert self._file is not None
+        content, written = data.encode(), 0
+        try:
+            self._file.truncate(self._position)  # where that failed after a failed write
+            self._file.seek(self._position)
+            while written < len(content):
+                written += self._file.write(content[written:])
             self._unsynced = True
             if sync and time.monotonic() - self._synced >= SYNC_SECONDS:
                 self._sync(self._file)
         except OSError as error:
             with contextlib.suppress(OSError):
-                self._file.truncate(self._size)
+                self._file.truncate(self._position)
             raise _cannot("write", self._path, error) from error
-        self._size += len(data)
-        self._pending.clear()
+        return self._position + written
 
     def _sync(self, file: Any) -> None:
         os.fsync(file.fileno())
@@ -134,37 +144,50 @@ class Journal:
         Raises:
             RunFailedError: the disk is gone.
         """
-        if self._file is None or self._file.closed:
+        if self._file is None:
             return
-        with self._file as file:
+        file, self._file = self._file, None
+        with self._held, file:
             try:
                 if self._unsynced:
                     self._sync(file)
             except OSError as error:
                 raise _cannot("write", self._path, error) from error
 
+    def beat(self, worker: str, mark: str, about: Mapping[str, Any] | None) -> None:
+        """In a file of the worker's own, written over in place: a file that is replaced, network filesystems show late.
 
-def _lock(file: Any) -> None:
-    """Take the lock; `status` holds it for an instant to see whether it is free, so once is not enough."""
-    for _ in range(LOCK_TRIES):
-        with contextlib.suppress(BlockingIOError):
-            return fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        time.sleep(0.05)
-    return fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-
-
-def is_locked(path: Path) -> bool:
-    """Whether a writer holds the journal."""
-    if fcntl is None:
-        return False
-    with path.open("rb") as file:
+        Readers may find it half written: then it is another one than before, which is all that they want to know.
+        """
+        path = self._path.parent / BEATS / f"{worker}.json"
         try:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-        except OSError:
-            return False
-    return False
+            if about is None:
+                path.unlink(missing_ok=True)
+            else:
+                path.parent.mkdir(exist_ok=True)
+                text = json.dumps({"mark": mark, "about": dict(about)}, indent=1)
+                file = os.open(path, os.O_WRONLY | os.O_CREAT, 0o666)
+                try:
+                    os.ftruncate(file, os.pwrite(file, text.encode(), 0))
+                finally:
+                    os.close(file)
+        except OSError as error:
+            raise _cannot("write", path, error) from error
+
+    def beats(self, workers: Iterable[str] | None = None) -> dict[str, Beat]:
+        folder, found = self._path.parent / BEATS, {}
+        for path in folder.glob("*.json") if workers is None else [folder / f"{worker}.json" for worker in workers]:
+            with contextlib.suppress(OSError):  # it left meanwhile
+                found[path.stem] = _beat(path.read_bytes(), max(0.0, time.time() - path.stat().st_mtime))
+        return found
+
+
+def _beat(content: bytes, silent: float) -> Beat:
+    try:
+        record = json.loads(content)
+        return Beat(str(record["mark"]), dict(record["about"]), silent)
+    except (ValueError, KeyError, TypeError, RecursionError):  # half written
+        return Beat(content.decode(errors="replace"), {}, silent)
 
 
 def at_work(folder: Path) -> InputError:
@@ -181,12 +204,14 @@ def _cannot(verb: str, path: Path, error: OSError) -> RunFailedError:
     return RunFailedError(f"can't {verb} the run's journal: {error.strerror}", place=Place(str(path)), fix=fix)
 
 
-def _read(path: Path) -> tuple[list[dict[str, Any]], int]:
-    """Entries of the file, and the bytes that they take. A torn last batch is not counted."""
-    try:
-        lines = path.read_bytes().splitlines(keepends=True)
-    except OSError as error:
-        raise _cannot("read", path, error) from error
+def _whole(path: Path, content: bytes, before: int, position: int) -> tuple[list[Entry], int]:
+    """Entries of the whole batches that a part of the file holds, and the bytes that they take.
+
+    Args:
+        before: entries that precede the part, and
+        position: the byte at which it begins.
+    """
+    lines = content.splitlines(keepends=True)
     if lines and _entry(lines[-1]) is None:
         lines.pop()
     logs = _entries(lines)
@@ -194,16 +219,17 @@ def _read(path: Path) -> tuple[list[dict[str, Any]], int]:
         number, line = next((n, line) for n, line in enumerate(lines, start=1) if _entry(line) is None)
         raise InputError(
             "the run's journal is damaged: this line is no entry",
-            place=Place(str(path), number),
+            place=Place(str(path), before + number),
             found=line[:60],
             fix="restore the file from a copy, or start again with --fresh (the old folder is kept)",
         )
     ends = (n for n in range(len(logs), 0, -1) if END in logs[n - 1])
-    whole = next(ends, len(logs))  # no marks: written by Optuna, or cut in its first batch
+    unmarked = 0 if position else len(logs)  # no marks at all: written by Optuna, or cut in its first batch
+    whole = next(ends, unmarked)
     return logs[:whole], sum(map(len, lines[:whole]))
 
 
-def _entries(lines: list[bytes]) -> list[dict[str, Any]] | None:
+def _entries(lines: list[bytes]) -> list[Entry] | None:
     """All lines parsed at once, which takes half the time; None if one of them is no entry."""
     try:
         logs = json.loads(b"[" + b",".join(lines) + b"]")
@@ -213,6 +239,6 @@ def _entries(lines: list[bytes]) -> list[dict[str, Any]] | None:
     return logs if good else None
 
 
-def _entry(line: bytes) -> dict[str, Any] | None:
+def _entry(line: bytes) -> Entry | None:
     logs = _entries([line]) if line.endswith(b"\n") else None
     return logs[0] if logs else None

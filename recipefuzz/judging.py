@@ -12,11 +12,13 @@ from recipefuzz.engines.job import Job, run
 from recipefuzz.engines.rehearse import rehearse
 from recipefuzz.engines.select import open_engine
 from recipefuzz.errors import InputError, Place, did_you_mean
+from recipefuzz.listening import Listener, Silent
 from recipefuzz.recipe import AXES, Recipe
 from recipefuzz.report.recipes_csv import as_table, parse_cell
 from recipefuzz.report.tables import verdicts_frame, write_csv
 from recipefuzz.result import Phase, TrialResult
-from recipefuzz.searching import Listener, Silent, as_config, to_result
+from recipefuzz.searched import to_result
+from recipefuzz.searching import as_config
 from recipefuzz.targets.resolve import resolve
 from recipefuzz.targets.task import Task
 

@@ -22,11 +22,12 @@ from recipefuzz.diagnosing import default_patient
 from recipefuzz.engines.predictions import Kind, Predictions, predictions
 from recipefuzz.errors import InputError
 from recipefuzz.finding import Level
+from recipefuzz.listening import Listener, Silent
 from recipefuzz.narrowing import narrowed, safe_region
 from recipefuzz.recipe import Recipe
 from recipefuzz.run_folder import RunFolder
 from recipefuzz.rung import Rung, described
-from recipefuzz.searching import Listener, Silent, as_config, search
+from recipefuzz.searching import as_config, search
 from recipefuzz.source import KeyPath, Source
 from recipefuzz.targets.builtin.data import text_alphabet
 

@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import hashlib
 import json
 import os
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from recipefuzz.atomic import write_atomically
 from recipefuzz.config import Config, load_config
+from recipefuzz.database import DatabaseLog
 from recipefuzz.diagnosis import Diagnosis
+from recipefuzz.entry_log import Beat, EntryLog
 from recipefuzz.errors import InputError, Place, RunFailedError
-from recipefuzz.journal import at_work, is_locked
+from recipefuzz.journal import BEATS, Journal, at_work
+from recipefuzz.locks import Lock, is_held, require_reach
 from recipefuzz.peak import Peak
 from recipefuzz.result import TrialResult
+from recipefuzz.sharing import SharedStudy
 from recipefuzz.source import write_yaml
 from recipefuzz.store import Store
 
@@ -25,6 +31,14 @@ JOURNAL, CONFIG, DIAGNOSES = "study.journal", "config.yaml", "diagnoses.json"
 FREE = {  # keys that change no trial, so a run may go on with others
     "search": ("trials", "time", "confirm", "rank_by", "diagnose"),
 }
+
+
+@dataclass(frozen=True)
+class Shared:
+    """A worker's part in a shared run."""
+
+    log: EntryLog
+    study: SharedStudy
 
 
 class RunFolder:
@@ -47,7 +61,7 @@ class RunFolder:
             InputError: there is none.
         """
         for path in (Path(name), RUNS / name, Path(name).parent):
-            if (path / JOURNAL).is_file():
+            if (path / JOURNAL).is_file() or cls(path).in_database:
                 return cls(path)
         known = sorted(p.parent.name for p in RUNS.glob(f"*/{JOURNAL}"))
         raise InputError(
@@ -59,7 +73,7 @@ class RunFolder:
 
     def read(self) -> tuple[list[TrialResult], float, Peak]:
         """All finished trials, the time and the memory that they took, read while another process may be writing."""
-        store = Store(self.journal, write=False)
+        store = Store(self.log(self.load_config(), write=False), write=False)
         try:
             return store.results(), store.seconds(), store.peak()
         finally:
@@ -78,9 +92,60 @@ class RunFolder:
         records = {str(number): found.record({}) for number, found in diagnoses.items()}
         write_atomically(self.path / DIAGNOSES, json.dumps(records, indent=1))
 
+    @property
+    def in_database(self) -> bool:
+        """Whether this is the folder of a run that is in a database."""
+        with contextlib.suppress(InputError, OSError):
+            config = self.load_config()
+            return config.database is not None and config.run.folder == str(self.path)
+        return False
+
+    def is_shared(self, config: Config) -> bool:
+        """Whether the run is, or is to be, one of many workers."""
+        return config.run.storage is not None or (self.path / BEATS).is_dir()
+
     def is_held(self) -> bool:
-        """Whether a process is at work in the run."""
-        return is_locked(self.journal)
+        """Whether a process has the run for itself, and is at work in it."""
+        return self.journal.exists() and is_held(self.journal)
+
+    def workers(self, config: Config) -> dict[str, Beat]:
+        """The last signs of life of a shared run's workers."""
+        with contextlib.closing(self.log(config, write=False)) as log:
+            return log.beats()
+
+    def log(self, config: Config, *, write: bool) -> EntryLog:
+        """The log of a shared run, or to read in that of any."""
+        if config.database is not None:
+            return DatabaseLog(config.database, config.study, write=write)
+        return Journal(self.journal, write=write, shared=True, lock=Lock(config.run.lock))
+
+    def share(self, config: Config, code: Mapping[str, str], worker: str, *, fresh: bool = False) -> Shared:
+        """Make the folder or join what is in it, as one of many workers.
+
+        Args:
+            code: fingerprints of the user's source files, by name.
+            worker: a name that no other worker has.
+            fresh: put an existing run aside and start anew.
+
+        Raises:
+            InputError: another config or other code made the run; one process has it for itself.
+            RunFailedError: the folder can't be written, the database can't be reached.
+        """
+        self._refuse_other_folders(config)
+        if fresh:
+            self._put_aside(config)
+        self._make()
+        if config.database is None and Lock(config.run.lock) is Lock.KERNEL:
+            require_reach(self.path)
+        log = self.log(config, write=True)
+        try:
+            study = SharedStudy(log, config, identity(config, code), worker)
+            self._compare(study.meta, identity(config, code))
+            self._write_config(config)
+        except BaseException:
+            log.close()
+            raise
+        return Shared(log, study)
 
     def load_config(self) -> Config:
         return load_config(self.config)
@@ -97,28 +162,32 @@ class RunFolder:
             RunFailedError: the folder can't be written.
         """
         self._refuse_other_folders(config)
-        if fresh and self.journal.exists():
-            self._put_aside()
+        if fresh:
+            self._put_aside(config)
         self._make()
         store = Store(self.journal, write=True)
         try:
             if old := store.meta():
                 self._compare(old, identity(config, code))
-            write_atomically(self.config, write_yaml(config.resolved() | {"run": self._placed(config)}))
+            self._write_config(config)
         except BaseException:
             store.close()
             raise
         return store
 
-    def _placed(self, config: Config) -> dict[str, Any]:
-        return config.run.model_dump(mode="json") | {"folder": str(self.path)}
+    def _write_config(self, config: Config) -> None:
+        """Unless it is there: of many workers, none replaces what the others are about to read."""
+        placed = config.run.model_dump(mode="json") | {"folder": str(self.path)}
+        text = write_yaml(config.resolved() | {"run": placed})
+        if not self.config.exists() or self.config.read_text(encoding="utf-8") != text:
+            write_atomically(self.config, text)
 
     def _refuse_other_folders(self, config: Config) -> None:
         """A folder with files in it that is no run is somebody's: nothing in it is overwritten or moved."""
         if not self.path.is_dir() or not any(self.path.iterdir()):
             return
         begun = self.journal.exists() and self.journal.stat().st_size > 0
-        is_run = begun or (self.journal.exists() and not (self.path / "trials.csv").exists())
+        is_run = begun or self.in_database or (self.journal.exists() and not (self.path / "trials.csv").exists())
         if not is_run or config.folder.is_relative_to(self.path):
             why = "your code" if is_run else f"no {JOURNAL} of a run that made them"
             raise InputError(
@@ -138,9 +207,15 @@ class RunFolder:
                 fix="run.folder in the config, or --folder, names another place",
             ) from error
 
-    def _put_aside(self) -> None:
-        if self.is_held():  # its entries don't matter: a damaged run is put aside, too
+    def _put_aside(self, config: Config) -> None:
+        """Its entries don't matter: a damaged run is put aside, too."""
+        if not self.journal.exists() and not self.in_database:
+            return
+        if self.is_held() or self.is_busy(config):
             raise at_work(self.path)
+        if config.database is not None:
+            with contextlib.closing(DatabaseLog(config.database, config.study, write=True)) as log:
+                log.put_aside()
         number = 1
         while (aside := self.path.with_name(f"{self.path.name}.old-{number}")).exists():
             number += 1
@@ -149,6 +224,10 @@ class RunFolder:
         except OSError as error:
             problem = f"can't put the old run aside: {error.strerror}"
             raise RunFailedError(problem, place=Place(str(self.path))) from error
+
+    def is_busy(self, config: Config) -> bool:
+        """Whether workers of a shared run are at work."""
+        return self.is_shared(config) and any(beat.silent < config.run.lease for beat in self.workers(config).values())
 
     def _compare(self, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
         if old == new:

@@ -92,9 +92,9 @@ class Seen:
     def __init__(self, distributions: Mapping[str, BaseDistribution]) -> None:
         self._axes = distributions
         self._points = {name: np.empty(64) for name in distributions}
-        self._complete = np.zeros(64, dtype=bool)
+        self._told, self._complete = np.zeros(64, dtype=bool), np.zeros(64, dtype=bool)
         self.cells = np.zeros(64, dtype=np.int64)  # which cell of a grid over the space each recipe lies in
-        self._asked = self._told = self.completed = 0
+        self._asked = self.completed = 0
         self._best: list[tuple[bool, float, int]] = []  # infeasible?, value or violation, number: Optuna's order
 
     def ask(self, recipes: Iterable[Mapping[str, Scalar]]) -> None:
@@ -109,19 +109,20 @@ class Seen:
             self._asked += 1
 
     def _grow(self) -> None:
+        self._told = np.concatenate([self._told, np.zeros_like(self._told)])
         self._complete = np.concatenate([self._complete, np.zeros_like(self._complete)])
         self.cells = np.concatenate([self.cells, self.cells])
         self._points = {name: np.concatenate([column, column]) for name, column in self._points.items()}
 
-    def tell(self, result: TrialResult) -> None:
-        """The result of the next trial in order."""
+    def tell(self, number: int, result: TrialResult) -> None:
+        """The result of a trial that was asked; in any order."""
         if not result.error:
             value, violation = objective(result)
-            insort(self._best, (violation > 0, violation if violation > 0 else value, self._told))
+            insort(self._best, (violation > 0, violation if violation > 0 else value, number))
             del self._best[MOST_BELOW:]
-            self._complete[self._told] = True
+            self._complete[number] = True
             self.completed += 1
-        self._told += 1
+        self._told[number] = True
 
     def below(self) -> NDArray[np.intp]:
         """Numbers of the good trials: feasible ones first, then the least violations."""
@@ -129,9 +130,9 @@ class Seen:
 
     def above(self) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
         """Numbers of the other trials that completed, and of those asked for and not told."""
-        others = self._complete[: self._told].copy()
+        others = self._complete.copy()
         others[self.below()] = False
-        return np.flatnonzero(others), np.arange(self._told, self._asked)
+        return np.flatnonzero(others), np.flatnonzero(~self._told[: self._asked])
 
     def points(self, numbers: NDArray[np.intp], names: Iterable[str]) -> dict[str, NDArray[np.float64]]:
         return {name: self._points[name][numbers] for name in names}

@@ -7,105 +7,33 @@ Not `search.py`, as the design has it: a submodule of that name would take the p
 from __future__ import annotations
 
 import contextlib
-import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any
 
 from recipefuzz import evidence
 from recipefuzz.checks.every import findings
 from recipefuzz.config import Config, load_config, parse_config
-from recipefuzz.diagnosing import as_patient, diagnose_stored
-from recipefuzz.diagnosis import Diagnosis
+from recipefuzz.diagnosing import as_patient
 from recipefuzz.engines.ahead import Ahead
 from recipefuzz.engines.job import Engine, Job, Outcome
 from recipefuzz.engines.rehearse import rehearse
 from recipefuzz.engines.select import ask_ahead, open_engine, pick_device
 from recipefuzz.errors import InputError, RunFailedError
 from recipefuzz.finding import Level
+from recipefuzz.listening import Listener, Silent
 from recipefuzz.peak import Peak, megabytes
-from recipefuzz.ranking import Ranked, candidates
-from recipefuzz.recipe import Recipe
-from recipefuzz.report.failures import buckets
-from recipefuzz.report.ranked import rank_run
-from recipefuzz.report.tables import ranking_frame, trials_frame
-from recipefuzz.report.write import write_reports
-from recipefuzz.result import ERROR, Phase, TrialResult, result_of
+from recipefuzz.ranking import candidates
+from recipefuzz.result import Phase
 from recipefuzz.run_folder import RunFolder, fingerprints, identity
 from recipefuzz.sampling import total
+from recipefuzz.searched import Clock, SearchResult, explain, report, to_result
 from recipefuzz.source import numbers_as_meant
 from recipefuzz.store import Store, StudySearch
 from recipefuzz.targets.resolve import resolve, user_files
 from recipefuzz.targets.task import Task
-from recipefuzz.verdict import Budget
-
-if TYPE_CHECKING:
-    import pandas as pd
-
-
-class Listener(Protocol):
-    """Hears how the run goes."""
-
-    def begin(self, phase: Phase, done: Iterable[TrialResult], total: int) -> None: ...
-
-    def finished(self, result: TrialResult) -> None: ...
-
-    def say(self, line: str) -> None: ...
-
-
-class Silent:
-    """A listener for programs."""
-
-    def begin(self, phase: Phase, done: Iterable[TrialResult], total: int) -> None: ...
-
-    def finished(self, result: TrialResult) -> None: ...
-
-    def say(self, line: str) -> None: ...
-
-
-@dataclass(frozen=True)
-class SearchResult:
-    """All finished trials of a run, the ranking of its recipes, and the memory that it took.
-
-    Attributes:
-        diagnoses: of the trials that represent the most frequent kinds of failure, by their numbers.
-    """
-
-    folder: Path
-    config: Config
-    results: tuple[TrialResult, ...]
-    diagnoses: Mapping[int, Diagnosis]
-    peak: Peak
-
-    @cached_property
-    def _ranked(self) -> tuple[list[Ranked], Ranked | None]:
-        return rank_run(self.config, self.results)
-
-    @property
-    def ranked(self) -> list[Ranked]:
-        return self._ranked[0]
-
-    @property
-    def trials(self) -> pd.DataFrame:
-        """trials.csv as a DataFrame."""
-        return trials_frame(self.results, self.config.axis_names)
-
-    @property
-    def ranking(self) -> pd.DataFrame:
-        """ranking.csv as a DataFrame."""
-        return ranking_frame(self.ranked, self.config.axis_names)
-
-    @property
-    def winner(self) -> Ranked | None:
-        return self._ranked[1]
-
-    @property
-    def best(self) -> Recipe | None:
-        """The safe recipe at the top of the ranking; None if there is none."""
-        return self.winner.trial.recipe if self.winner else None
+from recipefuzz.working import search_shared
 
 
 def search(
@@ -125,16 +53,19 @@ def search(
     listener = listener or Silent()
     pick_device(config)  # first of all: whether the device is there
     task = ready(config, listener)
-    with _opened(config, task, fresh, listener) as (folder, study, engine):
+    folder = RunFolder.of(config)
+    if folder.is_shared(config):
+        return search_shared(config, task, folder, listener, fresh=fresh)
+    with _opened(config, folder, task, fresh, listener) as (study, engine):
         try:
             _explore(config, study, engine, listener)
             _confirm(config, study, engine, listener)
-            _diagnose(config, task, folder, study, listener)
+            explain(config, task, folder, study.results, listener)
         except BaseException:
             with contextlib.suppress(RunFailedError):  # a full disk: the first error is the one to show
-                _report(folder, config, study)
+                report(folder, config, study.results, study.peak)
             raise
-        return _report(folder, config, study)
+        return report(folder, config, study.results, study.peak)
 
 
 def ready(config: Config, listener: Listener) -> Task:
@@ -172,13 +103,6 @@ def _check(config: Config, task: Task, listener: Listener) -> None:
         listener.say(f"  {finding.level}: {finding.check}: {finding.seen}; {finding.todo}")
 
 
-def _report(folder: RunFolder, config: Config, study: StudySearch) -> SearchResult:
-    """Write the tables of all that is finished."""
-    result = SearchResult(folder.path, config, tuple(study.results), folder.diagnoses(), study.peak)
-    write_reports(folder.path, config, result.results, result.ranked, result.winner, result.diagnoses)
-    return result
-
-
 def as_config(config: Config | dict[str, Any] | str | Path) -> Config:
     if isinstance(config, Config):
         return config
@@ -187,16 +111,15 @@ def as_config(config: Config | dict[str, Any] | str | Path) -> Config:
 
 @contextmanager
 def _opened(
-    config: Config, task: Task, fresh: bool, listener: Listener
-) -> Iterator[tuple[RunFolder, StudySearch, Engine]]:
-    folder = RunFolder.of(config)
+    config: Config, folder: RunFolder, task: Task, fresh: bool, listener: Listener
+) -> Iterator[tuple[StudySearch, Engine]]:
     code = fingerprints(user_files(config))
     with (
         contextlib.closing(folder.open(config, code, fresh=fresh)) as store,
         contextlib.closing(open_engine(config, task, listener.say, _ahead(config, store))) as engine,
     ):
         window = ask_ahead(config, engine)
-        yield folder, store.begin(identity(config, code), config.axes, config.search, window), engine
+        yield store.begin(identity(config, code), config.axes, config.search, window), engine
 
 
 def _ahead(config: Config, store: Store) -> Ahead:
@@ -210,7 +133,7 @@ def _ahead(config: Config, store: Store) -> Ahead:
 def _explore(config: Config, study: StudySearch, engine: Engine, listener: Listener) -> None:
     """Ask, train, judge, tell until the budget of trials or of time is spent."""
     listener.begin(Phase.SEARCH, (r for r in study.results if r.phase is Phase.SEARCH), study.total)
-    clock = _Clock(config.search.time, study.seconds)
+    clock = Clock(config.search.time, study.seconds)
     while True:
         for asked in study.refill(stop=clock.over):
             engine.submit(Job(asked.number, config.recipe_of(asked.values), config.trial.seed))
@@ -250,48 +173,3 @@ def _confirm(config: Config, study: StudySearch, engine: Engine, listener: Liste
             engine.submit(job)
     while outcomes := engine.collect():
         _record(config, study, outcomes, Phase.CONFIRM, listener)
-
-
-def _diagnose(config: Config, task: Task, folder: RunFolder, study: StudySearch, listener: Listener) -> None:
-    """Explain one representative of each of the most frequent kinds of failure."""
-    failing = [b for b in buckets(study.results, config.axes) if b.verdict != ERROR][: config.search.diagnose]
-    known = folder.diagnoses()
-    examples = [b.example for b in failing if b.example.trial not in known]
-    if not examples:
-        return
-    what = f"{len(examples)} kinds of failure" if len(examples) > 1 else "the failures"
-    listener.say(f"explaining {what}: one trial of each is replayed, and changes of its recipe are run")
-    for example, found in diagnose_stored(config, task, examples):
-        listener.say(f"  trial {example.trial}: {found.cause or found.verdict}")
-        known[example.trial] = found
-        folder.keep(known)
-
-
-def to_result(config: Config, outcome: Outcome, phase: Phase) -> TrialResult:
-    return result_of(
-        outcome.trace,
-        outcome.verdict,
-        outcome.baseline,
-        Budget(config.trial.steps, config.trial.extend),
-        trial=outcome.job.key,
-        phase=phase,
-        seed=outcome.job.seed,
-        recipe=outcome.job.recipe,
-        error=outcome.error,
-        seconds=outcome.seconds,
-    )
-
-
-class _Clock:
-    """Time spent on the search, over all its restarts."""
-
-    def __init__(self, limit: float | None, spent: float) -> None:
-        self._limit, self._start = limit, time.monotonic() - spent
-
-    @property
-    def seconds(self) -> float:
-        return time.monotonic() - self._start
-
-    @property
-    def over(self) -> bool:
-        return self._limit is not None and self.seconds >= self._limit

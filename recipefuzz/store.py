@@ -19,32 +19,27 @@ import logging
 import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 import optuna
-from optuna.distributions import (
-    BaseDistribution,
-    distribution_to_json,
-)
 from optuna.storages.journal import BaseJournalBackend
-from optuna.storages.journal._storage import JournalOperation
 from optuna.trial import FrozenTrial, TrialState
 
 from recipefuzz.config import SearchConfig
+from recipefuzz.entry_log import EntryLog
 from recipefuzz.errors import InputError, Place
 from recipefuzz.journal import Journal
 from recipefuzz.peak import Peak
 from recipefuzz.recipe import Scalar
 from recipefuzz.result import Phase, TrialResult
-from recipefuzz.sampling import BlockTPE, Seen, at_random, distribution, mixed_seed, objective, sampler, total
+from recipefuzz.sampling import BlockTPE, Seen, at_random, distribution, mixed_seed, sampler, total
 from recipefuzz.space import Space
+from recipefuzz.trial_log import ELAPSED, META, PEAK, RESULT, TrialLog
 
-RESULT, ELAPSED, META, WINDOW, PEAK = "result", "elapsed", "recipefuzz", "window", "peak_memory"
+WINDOW = "window"
 FINISHED = (TrialState.COMPLETE, TrialState.FAIL)
-WRITER = "recipefuzz"  # in the place of the id that Optuna gives each of its writers
 
 optuna.logging.set_verbosity(logging.WARNING)
 
@@ -58,26 +53,27 @@ class Asked:
 
 
 class Store:
-    """One run's trials on disk.
+    """One run's trials on disk, read by anybody, or written by one process alone.
 
     Args:
-        path: the journal file.
+        log: or the path of a journal.
         write: False to look only; nothing is changed and no lock is taken.
 
     Raises:
         InputError: a damaged journal, or one that another process is writing.
     """
 
-    def __init__(self, path: Path, *, write: bool) -> None:
-        self._journal = Journal(path, write=write)
+    def __init__(self, log: EntryLog | Path, *, write: bool) -> None:
+        self._journal = Journal(log, write=write) if isinstance(log, Path) else log
         try:
+            self._journal.catch_up()
             self._storage = optuna.storages.JournalStorage(cast("BaseJournalBackend", self._journal))
             self._studies = {s.study_name: s for s in self._storage.get_all_studies()}
         except Exception as error:
             self._journal.close()
             raise InputError(
                 f"the run's journal can't be replayed ({type(error).__name__}: {error})",
-                place=Place(str(path)),
+                place=Place(self._journal.name),
                 fix="restore the file from a copy, or start again with --fresh (the old folder is kept)",
             ) from error
 
@@ -137,7 +133,7 @@ class StudySearch:
         self,
         study: optuna.Study,
         confirm: optuna.Study,
-        journal: Journal,
+        journal: EntryLog,
         space: Space,
         search: SearchConfig,
     ) -> None:
@@ -147,7 +143,7 @@ class StudySearch:
         self._block = max(1, self._window // 4)
         self._distributions = {name: distribution(axis) for name, axis in space.axes}
         trials, confirming = study.get_trials(deepcopy=False), confirm.get_trials(deepcopy=False)
-        self._log = _TrialLog(journal, study._study_id, self._distributions, _count(study))  # noqa: SLF001
+        self._log = TrialLog(journal, study._study_id, self._distributions, _count(study))  # noqa: SLF001
         self._ids = [t._trial_id for t in trials]  # noqa: SLF001
         self._told = next((t.number for t in trials if t.state not in FINISHED), len(trials))
         self._recorded = {t.number: r for t in trials if (r := _result(t)) is not None}
@@ -163,7 +159,7 @@ class StudySearch:
         self._seen = Seen(self._distributions)
         self._seen.ask([t.params for t in trials])
         for number in range(self._told):
-            self._seen.tell(self._recorded[number])
+            self._seen.tell(number, self._recorded[number])
 
     @property
     def total(self) -> int:
@@ -233,8 +229,7 @@ class StudySearch:
         last = None
         for result in results:
             if result.phase is Phase.CONFIRM:
-                value = None if result.error else objective(result)[0]
-                self._log.confirmed(self._confirm_id, value, result)
+                self._log.confirmed(self._confirm_id, result)
                 self._confirmed.append(result)
             elif result.trial not in self._recorded:
                 last = self._ids[result.trial]
@@ -249,16 +244,9 @@ class StudySearch:
         self._journal.flush()
 
     def _tell(self, number: int) -> None:
-        """A failed recipe is a completed, infeasible observation: samplers ignore FAIL and go back there."""
         result = self._recorded[number]
-        self._seen.tell(result)
-        if result.error:
-            self._log.failed(self._ids[number])
-        else:
-            value, violation = objective(result)
-            if self._search.sampler != "cmaes":  # CMA-ES knows no constraints: the value alone ranks for it
-                self._log.constraint(self._ids[number], violation)
-            self._log.completed(self._ids[number], value)
+        self._seen.tell(number, result)
+        self._log.told(self._ids[number], result, constraint=self._search.sampler != "cmaes")
         self._told += 1
 
     def confirmed(self) -> set[tuple[int, int]]:
@@ -269,65 +257,6 @@ class StudySearch:
     def results(self) -> list[TrialResult]:
         """All finished trials, as in `Store.results`."""
         return [self._recorded[n] for n in sorted(self._recorded)] + self._confirmed
-
-
-class _TrialLog:
-    """Writes trials as entries of Optuna's journal, without its storage.
-
-    The storage makes about ten entries a trial and replays each at once; with these four, which it replays when it is
-    next asked something, a trial costs a tenth.
-
-    Args:
-        trials: how many the journal holds, in all its studies: Optuna numbers them all in one row.
-    """
-
-    def __init__(
-        self, journal: Journal, study_id: int, distributions: Mapping[str, BaseDistribution], trials: int
-    ) -> None:
-        self._journal, self._study_id, self.trials = journal, study_id, trials
-        self._distributions = distributions
-        self._as_json = {name: distribution_to_json(axis) for name, axis in distributions.items()}
-
-    def asked(self, recipe: Mapping[str, Scalar]) -> int:
-        params = {name: axis.to_internal_repr(recipe[name]) for name, axis in self._distributions.items()}
-        return self._create(self._study_id, TrialState.RUNNING, distributions=self._as_json, params=params)
-
-    def confirmed(self, study_id: int, value: float | None, result: TrialResult) -> None:
-        state, attributes = TrialState.FAIL if result.error else TrialState.COMPLETE, {RESULT: result.record()}
-        self._create(study_id, state, value=value, datetime_complete=_now(), user_attrs=attributes)
-
-    def attribute(self, trial_id: int, key: str, value: Any) -> None:
-        self._add(JournalOperation.SET_TRIAL_USER_ATTR, trial_id=trial_id, user_attr={key: value})
-
-    def study_attribute(self, key: str, value: Any) -> None:
-        self._add(JournalOperation.SET_STUDY_USER_ATTR, study_id=self._study_id, user_attr={key: value})
-
-    def constraint(self, trial_id: int, violation: float) -> None:
-        attribute = {"constraints:failed": violation}  # what Trial.set_constraint("failed", violation) writes
-        self._add(JournalOperation.SET_TRIAL_SYSTEM_ATTR, trial_id=trial_id, system_attr=attribute)
-
-    def completed(self, trial_id: int, value: float) -> None:
-        self._finish(trial_id, TrialState.COMPLETE, [value])
-
-    def failed(self, trial_id: int) -> None:
-        self._finish(trial_id, TrialState.FAIL, None)
-
-    def _finish(self, trial_id: int, state: TrialState, values: list[float] | None) -> None:
-        operation = JournalOperation.SET_TRIAL_STATE_VALUES
-        self._add(operation, trial_id=trial_id, state=state, values=values, datetime_complete=_now())
-
-    def _create(self, study_id: int, state: TrialState, **fields: Any) -> int:
-        operation = JournalOperation.CREATE_TRIAL
-        self._add(operation, study_id=study_id, state=state, datetime_start=_now(), **fields)
-        self.trials += 1
-        return self.trials - 1
-
-    def _add(self, operation: JournalOperation, **fields: Any) -> None:
-        self._journal.append_logs([{"op_code": int(operation), "worker_id": WRITER, **fields}])
-
-
-def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="microseconds")
 
 
 def _count(study: optuna.Study) -> int:

@@ -212,7 +212,7 @@ TARGET
 run: {worker: 2}
 ~~~
 FILE:2: run.worker: unknown key 'worker'
-  expected: device, engine, workers, folder
+  expected: device, engine, workers, folder, storage, lock, lease, retries
   fix:      did you mean 'workers'?
 === unknown range key
 TARGET
@@ -959,7 +959,16 @@ def test_defaults(tmp_path):
             "rank_by": "skill",
             "diagnose": 3,
         },
-        "run": {"device": "auto", "engine": "auto", "workers": "auto", "folder": None},
+        "run": {
+            "device": "auto",
+            "engine": "auto",
+            "workers": "auto",
+            "folder": None,
+            "storage": None,
+            "lock": "kernel",
+            "lease": 60.0,
+            "retries": 3,
+        },
         "ladder": [],
         "base": str(tmp_path),
         "reference": None,

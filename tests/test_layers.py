@@ -36,21 +36,27 @@ LAYERS = (
         "narrowing",
     ),
     ("targets/",),
-    ("engines/", "journal", "sampling", "store", "run_folder", "rung", "report/", "template"),
+    (
+        "engines/",
+        *("entry_log", "leases", "locks", "journal", "database"),
+        *("sampling", "trial_log", "store", "board", "sharing"),
+        *("run_folder", "rung", "report/", "template"),
+    ),
     ("diagnose/", "checks/"),
-    ("diagnosing", "checking", "searching", "laddering", "judging"),
+    ("listening", "stopping", "diagnosing", "checking", "searched", "working", "searching", "laddering", "judging"),
     ("launch/",),
     ("cli", "__init__", "__main__"),
 )
 PURE = 3  # layers from below that know neither torch nor optuna: their rules are tested in milliseconds
 HOMES = {
     # a library, and the only places that may import it
-    "optuna": {"sampling", "store"},
-    "pandas": {"report/", "ranking", "judging", "searching"},
+    "optuna": {"sampling", "trial_log", "store", "board", "sharing", "locks"},
+    "pandas": {"report/", "ranking", "judging", "searched"},
     "subprocess": {"targets/command", "launch/"},
     "pydantic": {"section", "job_config", "config"},
     "yaml": {"source"},
     "submitit": {"launch/"},
+    "psycopg": {"database"},
     "typer": {"cli"},
     "rich": {"report/", "cli"},
     "sklearn": {"targets/"},

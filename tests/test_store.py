@@ -28,7 +28,8 @@ from optuna.trial import TrialState
 from recipefuzz import journal
 from recipefuzz.config import SearchConfig, parse_config
 from recipefuzz.errors import InputError, RunFailedError
-from recipefuzz.journal import SYNC_SECONDS, Journal, is_locked
+from recipefuzz.journal import SYNC_SECONDS, Journal
+from recipefuzz.locks import is_held
 from recipefuzz.peak import Peak
 from recipefuzz.recipe import Recipe
 from recipefuzz.result import Phase, TrialResult, result_of
@@ -452,13 +453,13 @@ def test_second_writer_is_refused_and_a_reader_is_not(tmp_path):
     with opened(path, config(4)) as study:
         (first, *_) = study.refill()
         study.record(outcome(first))
-        assert is_locked(path)
+        assert is_held(path)
         before = path.read_bytes()
         with pytest.raises(InputError, match=r"another recipefuzz is at work in this run\n  fix: +wait for it"):
             Store(path, write=True)
         assert [r.trial for r in Store(path, write=False).results()] == [0]
         assert path.read_bytes() == before
-    assert not is_locked(path)
+    assert not is_held(path)
 
 
 def test_writer_in_another_process_is_noticed_and_its_death_frees_the_run(tmp_path):
@@ -468,7 +469,7 @@ def test_writer_in_another_process_is_noticed_and_its_death_frees_the_run(tmp_pa
     code += "journal = Journal(Path(sys.argv[1]), write=True); print('held', flush=True); sys.stdin.read()"
     with subprocess.Popen([sys.executable, "-c", code, path], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
         assert other.stdout.readline() == b"held\n"
-        assert is_locked(path)
+        assert is_held(path)
         with pytest.raises(InputError, match="another recipefuzz is at work"):
             Store(path, write=True)
         other.kill()
@@ -504,7 +505,7 @@ def test_damage_in_the_middle_names_the_line_and_changes_nothing(tmp_path, line,
     ):
         Store(path, write=write)
     assert path.read_bytes() == damaged
-    assert not is_locked(path)
+    assert not is_held(path)
 
 
 @pytest.mark.parametrize("entry", [{"op_code": 99, "worker_id": "x"}, {"op_code": 4, "worker_id": "x"}])
@@ -515,7 +516,7 @@ def test_entries_that_make_no_sense_are_one_plain_error(tmp_path, entry):
         file.write(json.dumps(entry | {"end": True}).encode() + b"\n")
     with pytest.raises(InputError, match=r"journal: the run's journal can't be replayed \("):
         Store(path, write=True)
-    assert not is_locked(path)
+    assert not is_held(path)
 
 
 def test_empty_and_torn_first_batches_begin_anew(tmp_path, plain):
@@ -544,6 +545,9 @@ class Disk:
         written = self.file.write(data[: min(self.room, self.at_most)])
         self.room -= written
         return written
+
+    def seek(self, at: int) -> None:
+        self.file.seek(at)
 
     def truncate(self, size: int) -> None:
         if self.stuck and size < self.file.seek(0, os.SEEK_END):
@@ -664,7 +668,7 @@ def test_a_disk_that_is_gone_at_the_end_is_an_error_and_lets_go_of_the_file(tmp_
     monkeypatch.setattr(os, "fsync", broken)
     with pytest.raises(RunFailedError, match="can't write the run's journal: Input/output error"):
         store.close()
-    assert not is_locked(tmp_path / "journal")
+    assert not is_held(tmp_path / "journal")
     assert len(Store(tmp_path / "journal", write=False).results()) == 2
 
 
@@ -734,6 +738,7 @@ def test_full_disk_then_another_process(tmp_path, plain):
     with pytest.raises(RunFailedError, match="No space left"):
         study.refill()
     file.close()
+    store._journal._held.close()
     assert same(drive(path, search), plain(search))
 
 
@@ -802,7 +807,7 @@ def seen_trials(count: int, told: int) -> Seen:
     recipes = [at_random(AXES, rng) for _ in range(count)]
     seen.ask(recipes)
     for number in range(told):
-        seen.tell(outcome(Asked(number, recipes[number])))
+        seen.tell(number, outcome(Asked(number, recipes[number])))
     return seen
 
 

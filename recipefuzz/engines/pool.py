@@ -33,6 +33,9 @@ _METHOD = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods(
 _CONTEXT: Any = multiprocessing.get_context(_METHOD)
 START_SECONDS = 300.0  # importing torch from a busy network file system takes a minute or two
 POLL_SECONDS = 5.0
+SIGNAL_SECONDS = 1.0  # until a signal has reached all processes of a job
+FORKSERVER_GONE = 255  # what multiprocessing gives for the exit code then
+ENDED_BY_JOB = (*(-s for s in (signal.SIGTERM, signal.SIGINT)), FORKSERVER_GONE)
 
 
 @dataclass
@@ -176,10 +179,10 @@ class PoolEngine:
                 return self._receive(slot)
             except (EOFError, OSError):
                 worker.process.join(timeout=POLL_SECONDS)
-                return self._replace(slot, died(worker.process.exitcode))
+                return self._replace(slot, _death(worker.process))
         if worker.process.exitcode is not None:
             # what it sent just before it ended is read in the next round
-            return [] if worker.pipe.poll() else self._replace(slot, died(worker.process.exitcode))
+            return [] if worker.pipe.poll() else self._replace(slot, _death(worker.process))
         if worker.jobs and self._timeout and time.monotonic() - worker.since > self._timeout:
             return self._replace(slot, f"timeout: not done after {self._timeout:g} s (trial.timeout)")
         if not worker.ready and time.monotonic() - worker.since > START_SECONDS:
@@ -223,6 +226,16 @@ class PoolEngine:
         _end_all(self._workers)
         self._waiting.clear()
         self._suspects.clear()
+
+
+def _death(process: BaseProcess) -> str:
+    """Why it ended; after a moment where that was a signal which a scheduler sends to all processes of a job.
+
+    Then it is on its way to this one, too, which is to stop: the trial is not to blame.
+    """
+    if process.exitcode in ENDED_BY_JOB:
+        time.sleep(SIGNAL_SECONDS)
+    return died(process.exitcode)
 
 
 def died(exitcode: int | None) -> str:

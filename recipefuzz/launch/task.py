@@ -19,12 +19,19 @@ import abc
 import os
 import signal
 import subprocess
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from submitit.core.utils import DelayedSubmission
+
+    from recipefuzz.config import Config
+    from recipefuzz.report.progress import Progress
+    from recipefuzz.run_folder import RunFolder
+    from recipefuzz.stopping import Stop
 
 SECONDS = 30.0  # for SLURM to answer, of those between the signal and the end
 
@@ -51,29 +58,40 @@ class Worker(_Task):
     def __call__(self) -> None:
         from recipefuzz.stopping import Stop
 
-        stop = Stop()
-        with stop:  # before torch is imported, which takes seconds
-            from recipefuzz.listening import Printed
-            from recipefuzz.run_folder import RunFolder
-            from recipefuzz.working import work
-
-            folder = RunFolder(Path(self.run))
-            over = work(folder.load_config(), folder, Printed(), stop)
+        with Stop() as stop:  # before torch is imported, which takes seconds
+            over = self._work(stop)
         if stop.signal is not None and not over and _is_wanted(stop.signal):
             _requeue()
+
+    def _work(self, stop: Stop) -> bool:
+        from recipefuzz.working import work
+
+        with _listened(self.run) as (config, folder, listener):
+            return work(config, folder, listener, stop)
 
 
 @dataclass(frozen=True)
 class Finish(_Task):
-    """The end of the search: the report, failures explained."""
+    """The end of the search: failures explained, ranking and report."""
 
     def __call__(self) -> None:
-        from recipefuzz.listening import Printed
-        from recipefuzz.run_folder import RunFolder
         from recipefuzz.working import finish
 
-        folder = RunFolder(Path(self.run))
-        finish(folder.load_config(), folder, Printed())
+        with _listened(self.run) as (config, folder, listener):
+            finish(config, folder, listener)
+
+
+@contextmanager
+def _listened(run: str) -> Iterator[tuple[Config, RunFolder, Progress]]:
+    """A run, and the job's log."""
+    from recipefuzz.report.progress import Progress
+    from recipefuzz.report.terminal import console
+    from recipefuzz.run_folder import RunFolder
+
+    folder = RunFolder(Path(run))
+    config = folder.load_config()
+    with closing(Progress(console(), config.axes.names)) as progress:
+        yield config, folder, progress
 
 
 def _is_wanted(told: signal.Signals) -> bool:

@@ -14,6 +14,8 @@ from recipefuzz.result import Phase, TrialResult
 from recipefuzz.run_folder import RunFolder
 from recipefuzz.sampling import total
 
+SHOWN = ("job", "node", "gpus", "holds", "since")  # of what a worker tells of itself
+
 
 def status_lines(folder: RunFolder) -> Iterator[str]:
     """Counts by verdict, throughput, what is left, the best so far: a line each."""
@@ -25,6 +27,7 @@ def status_lines(folder: RunFolder) -> Iterator[str]:
     yield f"  confirm  {len(confirming)} of {_wanted(config, searched)} runs: {_counts(confirming)}"
     if searched and elapsed > 0:
         yield f"  speed    {len(searched) / elapsed:.2f} trials/s over {elapsed:.0f} s of search"
+    yield from _workers(folder, config)
     if peak.search:
         yield f"  memory   at its peak {peak}"
     ranking, _ = rank_run(config, results)
@@ -34,8 +37,16 @@ def status_lines(folder: RunFolder) -> Iterator[str]:
         yield f"  best     trial {top.trial.trial}: {values}; skill {top.skill:.3f}, passed {top.passed}/{top.runs}"
 
 
+def _workers(folder: RunFolder, config: Config) -> Iterator[str]:
+    """Of a shared run: who is at work, and who has been silent for so long that the others take its trials."""
+    for name, beat in sorted(folder.workers(config).items()) if folder.is_shared(config) else ():
+        about = ", ".join(f"{key} {value}" for key, value in beat.about.items() if key in SHOWN and value != "")
+        silent = f"silent for {beat.silent:.0f} s: counts as gone" if beat.silent > config.run.lease else "at work"
+        yield f"  worker   {name}: {silent}; {about}"
+
+
 def _state(folder: RunFolder, config: Config, searched: list[TrialResult], confirming: list[TrialResult]) -> str:
-    if folder.is_held():
+    if folder.is_held() or folder.is_busy(config):
         return "running"
     trials, runs = total(config.search, config.axes) - len(searched), _wanted(config, searched) - len(confirming)
     if trials > 0 and not confirming:  # once it confirms, the search was over, perhaps by its time

@@ -1,0 +1,223 @@
+"""The log of a study in PostgreSQL: a row a batch.
+
+Optuna's own `RDBStorage` makes some twenty statements of each trial and holds no batches together; as a log, with one
+statement a turn, a trial costs a fraction of that (`tests/bench/storages.py`), and the format stays the one that
+`optuna.storages.JournalStorage` reads. Turns are kept apart by an advisory lock, which the server lets go of when its
+holder's connection is gone.
+
+libpq finds the password: in PGPASSWORD, in the file that PGPASSFILE names, in ~/.pgpass or in a service file. It is
+never in the config, hence in none of the files that are written.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import random
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from recipefuzz.entry_log import Beat, Entry, EntryLog, TurnLostError
+from recipefuzz.errors import InputError, Place, RunFailedError
+
+if TYPE_CHECKING:
+    import psycopg
+
+PATIENCE = 600.0  # seconds: a server that is restarted, or moved to another machine, is there again by then
+TABLES = """
+create table if not exists recipefuzz_batches (
+    study text, number integer, entries text not null, count integer not null, token text not null,
+    primary key (study, number));
+create table if not exists recipefuzz_workers (
+    study text, worker text, mark text not null, about text not null, seen timestamptz not null default now(),
+    primary key (study, worker));
+"""
+
+# a worker that is suspended in its turn loses it, or all would wait for it
+OPTIONS = "-c idle_in_transaction_session_timeout=60s"
+
+T = TypeVar("T")
+
+
+class DatabaseLog(EntryLog):
+    """The log of one study in a database.
+
+    Args:
+        url: `postgresql://user@host:port/database`, without a password.
+        study: its name.
+        write: to write it, too.
+        patience: seconds to wait for a server that is not there.
+
+    Raises:
+        InputError: the server refuses the user, or knows no such database.
+        RunFailedError: it can't be reached.
+    """
+
+    def __init__(self, url: str, study: str, *, write: bool, patience: float = PATIENCE) -> None:
+        super().__init__()
+        self.name = f"{url} ({study})"
+        self._url, self._study, self._write, self._patience = url, study, write, patience
+        self._token = f"{random.SystemRandom().getrandbits(64):x}"
+        self._turns = 0
+        self._psycopg = _driver()
+        self._connection: psycopg.Connection[Any] | None = None
+        try:
+            self._connect()
+        except self._psycopg.OperationalError as error:
+            raise InputError(
+                "can't open the database",
+                place=Place(url),
+                found=str(error).strip().splitlines()[-1],
+                fix="is the server running, and does PGPASSWORD or ~/.pgpass hold the password?",
+            ) from error
+
+    def _connect(self) -> psycopg.Connection[Any]:
+        if self._connection is None or self._connection.closed:
+            self._connection = self._psycopg.connect(
+                self._url, autocommit=True, connect_timeout=10, application_name="recipefuzz", options=OPTIONS
+            )
+            row = self._connection.execute("select to_regclass('recipefuzz_workers')").fetchone()
+            if row == (None,):
+                with self._connection.transaction():  # two that make a table at the same moment disturb each other
+                    self._connection.execute("select pg_advisory_xact_lock(hashtext('recipefuzz tables'))")
+                    self._connection.execute(TABLES)
+        return self._connection
+
+    def _again(self, what: Callable[[], T]) -> T:
+        """Do it, with a new connection where the old one is gone, until the patience is spent."""
+        end, pause = time.monotonic() + self._patience, 0.1
+        while True:
+            try:
+                return what()
+            except (self._psycopg.OperationalError, self._psycopg.InterfaceError) as error:
+                if self._connection is not None:
+                    with contextlib.suppress(Exception):
+                        self._connection.close()
+                if time.monotonic() > end:
+                    raise RunFailedError(
+                        f"the database has been out of reach for {self._patience:.0f} s: {str(error).strip()}",
+                        place=Place(self._url),
+                        fix="everything recorded before is kept; run the same command again when it is back",
+                    ) from error
+                time.sleep(pause * random.uniform(0.5, 1.5))  # noqa: S311 - so that not all workers come back at once
+                pause = min(2 * pause, 5.0)
+            except self._psycopg.Error as error:
+                raise RunFailedError(f"the database refuses: {str(error).strip()}", place=Place(self._url)) from error
+
+    @property
+    def _writes(self) -> bool:
+        return self._write
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """In a transaction with a lock. If the connection is lost in it, so is the lock: see `_store`."""
+        self._again(self._begin)
+        try:
+            yield
+        finally:
+            with contextlib.suppress(self._psycopg.Error):
+                if self._connection is not None:
+                    self._connection.rollback()
+
+    def _begin(self) -> None:
+        connection = self._connect()
+        connection.execute("begin")
+        connection.execute("select pg_advisory_xact_lock(hashtext(%s))", (f"recipefuzz {self._study}",))
+
+    def catch_up(self) -> None:
+        self._again(self._look)
+
+    def _look(self) -> None:
+        query = "select coalesce(max(number), 0), coalesce(sum(count), 0) from recipefuzz_batches where study = %s"
+        query += " and number > %s"
+        row = self._connect().execute(query, (self._study, self._position)).fetchone()
+        assert row is not None
+        self._position, self._count = max(self._position, int(row[0])), self._count + int(row[1])
+
+    def _load(self, position: int) -> list[Entry]:
+        def rows() -> list[tuple[str]]:
+            query = "select entries from recipefuzz_batches where study = %s and number > %s and number <= %s"
+            found = self._connect().execute(query + " order by number", (self._study, position, self._position))
+            return found.fetchall()
+
+        return [json.loads(line) for (entries,) in self._again(rows) for line in entries.splitlines()]
+
+    def _store(self, data: str, *, sync: bool) -> int:  # noqa: ARG002 - the server's settings decide
+        """Once, even where the connection was lost and it is not known whether the batch had arrived.
+
+        Another may have had a turn meanwhile: then the number is taken by a batch that is not ours.
+        """
+        self._turns += 1
+        number, token = self._position + 1, f"{self._token}-{self._turns}"
+        values = (self._study, number, data, data.count("\n"), token)
+        insert = "insert into recipefuzz_batches (study, number, entries, count, token) values (%s, %s, %s, %s, %s)"
+        select = "select token from recipefuzz_batches where study = %s and number = %s"
+
+        def write() -> str:
+            self._connect().execute(insert + " on conflict do nothing", values)
+            self._connect().commit()
+            row = self._connect().execute(select, (self._study, number)).fetchone()
+            assert row is not None
+            return str(row[0])
+
+        if self._again(write) != token:
+            raise TurnLostError
+        return number
+
+    def beat(self, worker: str, mark: str, about: Mapping[str, Any] | None) -> None:
+        def write() -> None:
+            if about is None:
+                query = "delete from recipefuzz_workers where study = %s and worker = %s"
+                self._connect().execute(query, (self._study, worker))
+                return
+            query = "insert into recipefuzz_workers (study, worker, mark, about) values (%s, %s, %s, %s) on conflict "
+            query += "(study, worker) do update set mark = excluded.mark, about = excluded.about, seen = now()"
+            self._connect().execute(query, (self._study, worker, mark, json.dumps(dict(about))))
+
+        self._again(write)
+
+    def beats(self, workers: Iterable[str] | None = None) -> dict[str, Beat]:
+        def rows() -> list[tuple[str, str, str, float]]:
+            query = "select worker, mark, about, extract(epoch from now() - seen) from recipefuzz_workers"
+            query += " where study = %s and (%s::text[] is null or worker = any(%s))"
+            wanted = None if workers is None else list(workers)
+            return self._connect().execute(query, (self._study, wanted, wanted)).fetchall()
+
+        return {
+            worker: Beat(mark, json.loads(about), float(silent)) for worker, mark, about, silent in self._again(rows)
+        }
+
+    def put_aside(self) -> None:
+        """Give the study another name, so that a new one can have this."""
+
+        def rename() -> None:
+            with (connection := self._connect()).transaction():
+                names = connection.execute("select distinct study from recipefuzz_batches").fetchall()
+                free = next(n for n in itertools.count(1) if (f"{self._study}.old-{n}",) not in names)
+                connection.execute(
+                    "update recipefuzz_batches set study = %s where study = %s",
+                    (f"{self._study}.old-{free}", self._study),
+                )
+                connection.execute("delete from recipefuzz_workers where study = %s", (self._study,))
+
+        self._again(rename)
+
+    def close(self) -> None:
+        if self._connection is not None:
+            with contextlib.suppress(self._psycopg.Error):
+                self._connection.close()
+
+
+def _driver() -> Any:
+    try:
+        import psycopg
+    except ImportError as error:
+        raise InputError(
+            "a study in PostgreSQL needs its driver",
+            place=Place(key="run.storage"),
+            fix="pip install 'psycopg[binary]'",
+        ) from error
+    return psycopg

@@ -1,0 +1,318 @@
+"""A study that many workers share: each takes trials, and records what became of them.
+
+All that is known is in the log, and every worker reads the same from it (`board`). What it adds it adds in its turn,
+alone with the log, after having read what the others added: so no trial is given to two, and their number is exact.
+The sampler learns from results in the order in which they come, and takes trials under way for bad ones until then
+(Optuna's `constant_liar`), so that workers don't all ask for the same.
+
+A worker whose lease has lapsed (`leases`) loses its trials to the others. If it was only slow, its result still counts
+where none has come meanwhile: a trial is a pure function, whoever runs it; where one has, its own is dropped. A trial
+that has lost two workers is run with nothing beside it, so that it alone is to blame for what happens then; after
+`run.retries` workers it is an error.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar, cast
+
+import numpy as np
+import optuna
+from optuna.storages.journal import BaseJournalBackend
+from optuna.storages.journal._storage import JournalOperation
+
+from recipefuzz.board import CONFIRMS, HOLDER, Board, Item
+from recipefuzz.config import Config
+from recipefuzz.entry_log import Cursor, EntryLog, TurnLostError
+from recipefuzz.errors import InputError, Place
+from recipefuzz.peak import Peak
+from recipefuzz.ranking import candidates
+from recipefuzz.result import Phase, TrialResult
+from recipefuzz.sampling import BlockTPE, Seen, at_random, distribution, mixed_seed, sampler, total
+from recipefuzz.trial_log import ELAPSED, META, PEAK, RESULT, TrialLog
+
+ALONE = 2  # workers that a trial has lost when it is run with nothing beside it
+SHARE = 2  # who asks gets one part in so many of an equal share of what is left: at the end nobody waits for long
+
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Turn:
+    """What a worker's turn at the log brought.
+
+    Attributes:
+        taken: trials that it is to run now.
+        news: results that it had not seen, its own too.
+        over: nothing is left to be done, by nobody.
+    """
+
+    taken: list[Item]
+    news: list[TrialResult]
+    over: bool
+
+
+class SharedStudy:
+    """One worker's side of a shared study.
+
+    Args:
+        meta: (JSON) what the study is; kept with a new one.
+        worker: a name that no other worker has.
+
+    Raises:
+        InputError: the log holds what it should not.
+        RunFailedError: the log can't be reached or written.
+    """
+
+    def __init__(self, log: EntryLog, config: Config, meta: Mapping[str, Any], worker: str) -> None:
+        self._log, self._config, self.worker = log, config, worker
+        self._axes = {name: distribution(axis) for name, axis in config.axes.axes}
+        self._tpe, self._random = BlockTPE(self._axes), np.random.RandomState()
+        self._known = 0  # results that the caller has been told of
+        self._begin_reading()
+        self._in_turn(lambda: self._begin(meta))
+
+    def _begin_reading(self) -> None:
+        self._board, self._cursor = Board(self._axes, self._config.trial.seed), Cursor()
+        self._seen, self._asked, self._told = Seen(self._axes), 0, 0
+        self._study: optuna.Study | None = None  # for samplers that look into Optuna's storage
+
+    def _in_turn(self, what: Callable[[], T]) -> T:
+        """Do it alone with the log; again, if the turn is lost. After an error, all is read anew."""
+        while True:
+            try:
+                with self._log.exclusive():
+                    self._read()
+                    done = what()
+                self._read()
+                return done
+            except TurnLostError:
+                self._begin_reading()
+            except BaseException:
+                self._begin_reading()
+                raise
+
+    def _begin(self, meta: Mapping[str, Any]) -> None:
+        for phase in Phase:
+            if phase not in self._board.studies:
+                study = {"op_code": int(JournalOperation.CREATE_STUDY), "study_name": str(phase)}
+                self._log.append_logs([study | {"worker_id": self.worker, "directions": [1]}])
+        self._read()
+        self._entries = TrialLog(self._log, self._board.studies[Phase.SEARCH], self._axes, 0)
+        if META not in self._board.attributes:
+            self._entries.study_attribute(META, dict(meta))
+        for item in self._board.items.values():  # of a run that was one process's, and that was stopped
+            if item.result is not None and not item.told:
+                self._tell(item, item.result)
+
+    @property
+    def meta(self) -> dict[str, Any]:
+        """What the study was made with."""
+        return dict(self._board.attributes[META])
+
+    @property
+    def total(self) -> int:
+        return total(self._config.search, self._config.axes)
+
+    @property
+    def results(self) -> list[TrialResult]:
+        """All finished trials: those of the search by number, then the confirming runs in their order."""
+        return self._board.results
+
+    @property
+    def seconds(self) -> float:
+        """Time that the search had taken when its last trial was recorded."""
+        return self._board.seconds
+
+    @property
+    def peak(self) -> Peak:
+        """Memory that the run took, over all its workers."""
+        return Peak(**self._board.attributes.get(PEAK, {}))
+
+    @property
+    def holders(self) -> set[str]:
+        """The workers that hold trials."""
+        return {item.holder for item in self._board.open.values() if item.holder}
+
+    def turn(
+        self,
+        results: Iterable[TrialResult] = (),
+        *,
+        most: int = 0,
+        least: int = 0,
+        lapsed: Collection[str] = (),
+        elapsed: float = 0.0,
+        late: bool = False,
+        peak: Peak | None = None,
+    ) -> Turn:
+        """Record results, and take trials to run.
+
+        Args:
+            most: trials to take, and of them
+            least: so many even where the sampler should rather see results first.
+            lapsed: workers whose leases have lapsed.
+            elapsed: seconds that the search has taken.
+            late: whether its time is over, and no new recipes are tried.
+            peak: memory taken so far.
+
+        Raises:
+            InputError: the log holds what it should not.
+            RunFailedError: the log can't be reached or written. The results are not recorded.
+        """
+        done = list(results)
+
+        def act() -> list[Item]:
+            self._record(done, elapsed, peak)
+            self._take_from(lapsed)
+            self._read()
+            return self._take(most, least, late) if most else []
+
+        taken = self._in_turn(act)
+        news = self._board.finished[self._known :]
+        self._known = len(self._board.finished)
+        return Turn(taken, news, self._is_over(late))
+
+    def look(self) -> bool:
+        """Whether something has changed since the last turn, without waiting for one's own."""
+        self._log.catch_up()
+        before = self._cursor.seen
+        self._read()
+        return self._cursor.seen > before
+
+    def give_back(self) -> None:
+        """Let others have what this worker holds."""
+
+        def act() -> None:
+            for item in self._held():
+                self._entries.attribute(item.id, HOLDER, ["", item.lost])
+
+        self._in_turn(act)
+
+    def _held(self) -> list[Item]:
+        return [item for item in self._board.open.values() if item.holder == self.worker]
+
+    def _read(self) -> None:
+        try:
+            for entry in self._log.read(self._cursor):
+                self._board.apply(entry)
+        except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
+            raise InputError(
+                f"the run's log can't be read: an entry makes no sense ({type(error).__name__}: {error})",
+                place=Place(self._log.name),
+                fix="restore it from a copy, or start again with --fresh (the old run is kept)",
+            ) from error
+        if self._config.search.sampler == "tpe":
+            self._seen.ask([item.values for item in self._board.search[self._asked :]])
+            self._asked = len(self._board.search)
+            for result in self._board.finished[self._told :]:
+                if result.phase is Phase.SEARCH:
+                    self._seen.tell(result.trial, result)
+            self._told = len(self._board.finished)
+
+    def _record(self, results: Iterable[TrialResult], elapsed: float, peak: Peak | None) -> None:
+        last = None
+        for result in results:
+            item = self._board.of(result)
+            if item.result is None and (item.holder == self.worker or not result.error):
+                self._finish(item, result)
+                last = item
+        if last is not None and elapsed > self.seconds:
+            self._entries.attribute(last.id, ELAPSED, round(elapsed, 3))
+        if peak is not None and (larger := self.peak.over(peak)) != self.peak:
+            self._entries.study_attribute(PEAK, vars(larger))
+
+    def _finish(self, item: Item, result: TrialResult) -> None:
+        self._entries.attribute(item.id, RESULT, result.record())
+        self._tell(item, result)
+
+    def _tell(self, item: Item, result: TrialResult) -> None:
+        self._entries.told(item.id, result, constraint=self._config.search.sampler != "cmaes")
+
+    def _take_from(self, lapsed: Collection[str]) -> None:
+        """Give back what vanished workers held; what has lost too many is an error."""
+        for item in [i for i in self._board.open.values() if i.holder in lapsed and i.holder != self.worker]:
+            lost, retries = item.lost + 1, self._config.run.retries
+            self._entries.attribute(item.id, HOLDER, ["", lost])
+            if lost >= retries:
+                values = self._config.recipe_of(item.values).values()
+                error = f"lost: {lost} workers vanished while they trained it, the last one was {item.holder}"
+                self._finish(item, TrialResult(item.trial, item.phase, item.seed, values, error=error))
+
+    def _take(self, most: int, least: int, late: bool) -> list[Item]:
+        held = self._held()
+        if any(item.lost >= ALONE for item in held):
+            return []
+        free = [item for item in self._board.open.values() if not item.holder]
+        if not held and (suspect := next((item for item in free if item.lost >= ALONE), None)):
+            return self._claim([suspect])
+        taken = self._claim([item for item in free if item.lost < ALONE][:most])
+        if len(taken) < most and not late and (left := self.total - len(self._board.search)) > 0:
+            under_way = sum(item.phase is Phase.SEARCH for item in self._board.open.values())
+            room = max(least - len(taken), self.total // 4 - under_way)
+            taken += self._ask(min(most - len(taken), self._share(left), room))
+        elif len(taken) < most and self._is_searched(late):
+            jobs = [job for job in self.wanted() if job not in self._board.confirm]
+            taken += self._confirm(jobs[: min(most - len(taken), self._share(len(jobs)))])
+        return taken
+
+    def _share(self, left: int) -> int:
+        """Guided self-scheduling (Polychronopoulos and Kuck, IEEE Trans. Computers 36, 1987)."""
+        return -(-left // (SHARE * len(self.holders | {self.worker})))
+
+    def _claim(self, items: list[Item]) -> list[Item]:
+        for item in items:
+            self._entries.attribute(item.id, HOLDER, [self.worker, item.lost])
+        return items
+
+    def _ask(self, size: int) -> list[Item]:
+        first = len(self._board.search)
+        if size <= 0:
+            return []
+        if self._config.search.sampler not in ("tpe", "random"):
+            for number in range(first, first + size):
+                self._ask_storage(number)
+        else:
+            if self._config.search.sampler == "tpe":
+                recipes = self._tpe.block(self._seen, size, mixed_seed(self._config.search.seed, first))
+            else:
+                seeds = (mixed_seed(self._config.search.seed, number) for number in range(first, first + size))
+                recipes = [at_random(self._axes, self._random, seed) for seed in seeds]
+            for recipe in recipes:
+                self._entries.asked(recipe)
+        self._read()
+        return self._claim(self._board.search[first:])
+
+    def _ask_storage(self, number: int) -> None:
+        """By a sampler that looks into Optuna's storage, and leaves there what it has to remember."""
+        if self._study is None:
+            storage = optuna.storages.JournalStorage(cast("BaseJournalBackend", self._log))
+            self._study = optuna.load_study(storage=storage, study_name=Phase.SEARCH)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # experimental samplers, and samplers that take choices one by one
+            self._study.sampler = sampler(self._config.search, self._config.axes, number)
+            self._study.ask(fixed_distributions=self._axes)
+
+    def _confirm(self, jobs: list[tuple[int, int]]) -> list[Item]:
+        for trial, seed in jobs:
+            attributes = {CONFIRMS: [trial, seed], HOLDER: [self.worker, 0]}
+            self._entries.begun(self._board.studies[Phase.CONFIRM], attributes)
+        self._read()
+        return [self._board.confirm[job] for job in jobs]
+
+    def wanted(self) -> list[tuple[int, int]]:
+        """The confirming runs that there are to be: the best candidates, on seeds that the search did not see."""
+        confirm, first = self._config.search.confirm, self._config.trial.seed + 1
+        best = candidates(self.results, confirm.top)
+        return [(result.trial, seed) for result in best for seed in range(first, first + confirm.seeds)]
+
+    def _is_searched(self, late: bool) -> bool:
+        searching = any(item.phase is Phase.SEARCH for item in self._board.open.values())
+        return not searching and (late or len(self._board.search) >= self.total)
+
+    def _is_over(self, late: bool) -> bool:
+        if self._board.open or not self._is_searched(late):
+            return False
+        return all(job in self._board.confirm for job in self.wanted())

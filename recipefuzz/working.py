@@ -1,0 +1,250 @@
+"""One worker of a shared study: takes trials and trains them, until nothing is left or it is told to stop."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from bisect import bisect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from recipefuzz.board import Item
+from recipefuzz.config import Config
+from recipefuzz.engines.ahead import Ahead
+from recipefuzz.engines.job import Engine, Job, Outcome
+from recipefuzz.engines.select import open_engine, pick_device, worker_devices
+from recipefuzz.entry_log import EntryLog
+from recipefuzz.errors import RecipefuzzError, RunFailedError
+from recipefuzz.leases import BEATS, Heart, Watch, new_worker
+from recipefuzz.listening import Listener
+from recipefuzz.peak import Peak, megabytes
+from recipefuzz.result import Phase
+from recipefuzz.run_folder import RunFolder, fingerprints
+from recipefuzz.searched import Clock, SearchResult, explain, report, to_result
+from recipefuzz.sharing import SharedStudy, Turn
+from recipefuzz.stopping import Stop
+from recipefuzz.targets.resolve import resolve, user_files
+from recipefuzz.targets.task import Task
+
+TURN_SECONDS = 1.0  # between turns, at least, as long as there is something to train: fast trials share one
+TURN_SHARE = (
+    20  # and so many times what a turn takes: where the log is slow or busy, 5 % of the time goes to it at most
+)
+MOST = 4096  # trials that a worker holds
+WATCHED = 8  # workers that each worker watches: all together would read a million signs of life
+IDLE_SECONDS = (0.1, 5.0)  # between looks at the log, when the last trials are being run by others: first, and at most
+
+
+def work(config: Config, folder: RunFolder, listener: Listener, stop: Stop) -> bool:
+    """Train what the run has to train, beside its other workers.
+
+    Args:
+        config: that of the run, but for `run.workers` and the like.
+        stop: listened to; what this worker has not finished by then, it gives back.
+
+    Returns:
+        Whether nothing is left to be done, by nobody.
+
+    Raises:
+        InputError: the user's code can't be run here, or it is not the code that the run was made with.
+        RunFailedError: the log can't be reached or written; what was recorded is kept.
+    """
+    task = resolve(config)
+    with shared(config, folder, task, listener) as shift:
+        return shift.work(stop)
+
+
+def search_shared(config: Config, task: Task, folder: RunFolder, listener: Listener, *, fresh: bool) -> SearchResult:
+    """A search that others may join: one more worker, and the tables once nothing is left to be done."""
+    with shared(config, folder, task, listener, fresh=fresh) as shift:
+        try:
+            with Stop() as stop:
+                if shift.work(stop):
+                    explain(config, task, folder, shift.study.results, listener)
+        except BaseException:
+            with contextlib.suppress(RunFailedError):  # a full disk: the first error is the one to show
+                report(folder, config, shift.study.results, shift.study.peak)
+            raise
+        return report(folder, config, shift.study.results, shift.study.peak)
+
+
+def finish(config: Config, folder: RunFolder, listener: Listener) -> SearchResult:
+    """Explain the failures of a run and write its tables, when its workers are done."""
+    results, _, peak = folder.read()
+    explain(config, resolve(config), folder, results, listener)
+    return report(folder, config, results, peak)
+
+
+@contextmanager
+def shared(
+    config: Config, folder: RunFolder, task: Task, listener: Listener, *, fresh: bool = False
+) -> Iterator[Shift]:
+    """As a worker of the run, whose signs of life the others see."""
+    worker, about = new_worker()
+    part = folder.share(config, fingerprints(user_files(config)), worker, fresh=fresh)
+    with contextlib.closing(part.log):
+        heart = Heart(folder.log(config, write=True), worker, config.run.lease, about)
+        try:
+            left = part.study.total + config.search.confirm.top * config.search.confirm.seeds
+            ahead = Ahead(left, done=len(part.study.results))
+            with contextlib.closing(open_engine(config, task, listener.say, ahead)) as engine:
+                shift = Shift(config, part.log, part.study, engine, heart, listener)
+                try:
+                    yield shift
+                except RunFailedError:  # the log is out of reach: what this worker holds is free when its lease lapses
+                    raise
+                except BaseException:
+                    with contextlib.suppress(RecipefuzzError):  # the first error is the one to show
+                        shift.leave()
+                    raise
+                shift.leave()
+        finally:
+            heart.stop()
+
+
+@dataclass(frozen=True)
+class Pace:
+    """How many trials a worker holds, and how often it takes its turn.
+
+    Attributes:
+        busy: trials that keep all its processes and lanes busy.
+        full: with those that wait beside the lanes.
+    """
+
+    busy: int
+    full: int
+
+    @classmethod
+    def of(cls, config: Config, engine: Engine) -> Pace:
+        processes = max(1, len(worker_devices(pick_device(config), config.run.workers)))
+        lanes = engine.lanes
+        return cls(processes * max(1, lanes - lanes // 4), processes * max(1, lanes + lanes // 4))
+
+    def pause(self, turn: float) -> float:
+        """Seconds from turn to turn.
+
+        Args:
+            turn: that the last one took.
+        """
+        return max(TURN_SECONDS, TURN_SHARE * turn)
+
+    def room(self, rate: float, turn: float) -> int:
+        """Trials to hold after a turn, so that there is enough to do until the next.
+
+        Args:
+            rate: trials that this worker finishes in a second.
+        """
+        return min(MOST, max(self.full, self.busy + round(rate * self.pause(turn))))
+
+
+class Shift:
+    """A worker's time at a study."""
+
+    def __init__(
+        self, config: Config, log: EntryLog, study: SharedStudy, engine: Engine, heart: Heart, listener: Listener
+    ) -> None:
+        self._config, self._log, self.study, self._engine = config, log, study, engine
+        self._heart, self._listener = heart, listener
+        self._watch, self._looked, self._gone = Watch(config.run.lease), 0.0, set[str]()
+        self._clock = Clock(config.search.time, study.seconds)
+        self._pace = Pace.of(config, engine)
+        self._held: dict[tuple[int, int], Item] = {}
+        self._done: list[Outcome] = []
+        self._turn_took, self._last_turn, self._rate = 0.0, 0.0, 0.0
+        self._phase: Phase | None = None
+
+    def work(self, stop: Stop) -> bool:
+        """Until nothing is left, or it is to stop; whether nothing is left."""
+        pause = IDLE_SECONDS[0]
+        while stop.signal is None:
+            if self._turn().over:
+                return True
+            if self._held:
+                pause = IDLE_SECONDS[0]
+                self._train(stop)
+            else:
+                pause = self._wait(stop, pause)
+        self._listener.say(f"told to stop ({stop.signal.name}): what is not finished is given back")
+        return False
+
+    def leave(self) -> None:
+        """Record what is finished, and give back what is not."""
+        self._turn(leaving=True)
+        self.study.give_back()
+
+    def _turn(self, *, leaving: bool = False) -> Turn:
+        results = [to_result(self._config, o, self._held[o.job.key, o.job.seed].phase) for o in self._done]
+        for outcome in self._done:
+            del self._held[outcome.job.key, outcome.job.seed]
+        start = time.monotonic()
+        if self._last_turn:
+            self._rate = len(results) / max(start - self._last_turn, 1e-3)
+        room = 0 if leaving else self._pace.room(self._rate, self._turn_took) - len(self._held)
+        peak = max((outcome.peak for outcome in self._done), default=0)
+        turn = self.study.turn(
+            results,
+            most=max(0, room),
+            least=max(0, self._pace.busy - len(self._held)),
+            lapsed=self._lapsed(),
+            elapsed=self._clock.seconds,
+            late=self._clock.over,
+            peak=Peak(megabytes(), peak),
+        )
+        self._done.clear()
+        self._last_turn = time.monotonic()
+        self._turn_took = self._last_turn - start
+        self._tell(turn)
+        for item in turn.taken:
+            if (item.trial, item.seed) in self._held:
+                continue  # lost to another, who was lost, and it is still being trained here
+            self._held[item.trial, item.seed] = item
+            recipe = self._config.recipe_of(item.values)
+            self._engine.submit(Job(item.trial, recipe, item.seed, whole=item.phase is Phase.CONFIRM))
+        self._heart.tell(holds=len(self._held))
+        return turn
+
+    def _train(self, stop: Stop) -> None:
+        """Until it is time for another turn: too little is left to do, or enough time has passed."""
+        while self._held:
+            outcomes: list[Outcome] = []
+            with stop.waiting():
+                outcomes = self._engine.collect()
+            self._done += outcomes
+            under_way = len(self._held) - len(self._done)
+            late = time.monotonic() - self._last_turn >= self._pace.pause(self._turn_took)
+            if stop.signal is not None or not outcomes or under_way < self._pace.busy or late:
+                return
+
+    def _wait(self, stop: Stop, pause: float) -> float:
+        """For others, who run the last trials; returns how long to wait the next time."""
+        with stop.waiting():
+            time.sleep(pause)
+        while stop.signal is None and not self.study.look() and not self._lapsed():
+            pause = min(1.5 * pause, IDLE_SECONDS[1])
+            with stop.waiting():
+                time.sleep(pause)
+        return pause
+
+    def _lapsed(self) -> set[str]:
+        """Workers that hold trials and are gone, of the WATCHED that follow this one in a ring of their names."""
+        if time.monotonic() - self._looked >= self._config.run.lease / BEATS:
+            self._looked = time.monotonic()
+            ring = sorted(self.study.holders - {self.study.worker})
+            at = bisect(ring, self.study.worker)
+            watched = [*ring[at:], *ring[:at]][:WATCHED]
+            marks = {worker: beat.mark for worker, beat in self._log.beats(watched).items()}
+            self._gone = self._watch.lapsed(watched, marks)
+        return self._gone & self.study.holders
+
+    def _tell(self, turn: Turn) -> None:
+        """The listener hears of all trials, whoever ran them."""
+        for phase in Phase:
+            news = [result for result in turn.news if result.phase is phase]
+            if self._phase is None or (news and phase is not self._phase):
+                self._phase = phase
+                total = self.study.total if phase is Phase.SEARCH else len(self.study.wanted())
+                self._listener.begin(phase, news, total)
+            else:
+                for result in news:
+                    self._listener.finished(result)
