@@ -13,6 +13,7 @@ from pydantic import AfterValidator, Field, ValidationInfo, field_validator
 
 from recipefuzz.section import DURATION, Count, Duration, Section, Whole
 
+EARLY = 60.0  # seconds; by so much, sbatch's manual says, the signal may come early
 OWN_KEYS = ("partition", "account", "qos", "time", "mem", "gpus-per-node", "cpus-per-task")
 SET_BY_US = {*OWN_KEYS, "array", "dependency", "error", "job-name", "nodes", "ntasks", "ntasks-per-node", "open-mode"}
 SET_BY_US |= {"output", "requeue", "no-requeue", "signal", "test-only", "wait", "wrap"}
@@ -86,8 +87,8 @@ class SlurmConfig(_Job):
     @field_validator("grace")
     @classmethod
     def _within_time(cls, grace: float, others: ValidationInfo) -> float:
-        if grace >= others.data.get("time", grace + 1):
-            raise ValueError("no less than run.slurm.time")
+        if grace + EARLY > others.data.get("time", grace + EARLY):
+            raise ValueError("too close to run.slurm.time")
         return grace
 
 
@@ -116,7 +117,7 @@ MEANING = {
     "run.slurm.partition": "a partition of the cluster, or several with commas between",
     "run.slurm.account": "an account of the cluster",
     "run.slurm.qos": "a quality of service of the cluster",
-    "run.slurm.grace": DURATION + ": less than time; what a worker has for leaving before its time is up",
+    "run.slurm.grace": DURATION + ": what a worker has for leaving before its time is up; a minute less than time, at least",
     "run.slurm.sbatch": "other options, in their long form: [--constraint=a100, --exclusive]",
     "run.slurm.setup": "lines of shell to run before the worker: [module load cuda]",
     "run.template.file": "the path of a job script with {command} in it",

@@ -212,7 +212,7 @@ TARGET
 run: {worker: 2}
 ~~~
 FILE:2: run.worker: unknown key 'worker'
-  expected: device, engine, workers, folder, storage, lock, lease, retries
+  expected: device, engine, workers, folder, storage, lock, lease, retries, launcher, slurm, template
   fix:      did you mean 'workers'?
 === unknown range key
 TARGET
@@ -968,6 +968,30 @@ def test_defaults(tmp_path):
             "lock": "kernel",
             "lease": 60.0,
             "retries": 3,
+            "launcher": "local",
+            "slurm": {
+                "workers": 4,
+                "time": 3600.0,
+                "memory": None,
+                "cpus": 1,
+                "gpus": 0,
+                "parallel": None,
+                "partition": None,
+                "account": None,
+                "qos": None,
+                "grace": 60.0,
+                "sbatch": [],
+                "setup": [],
+            },
+            "template": {
+                "workers": 4,
+                "time": 3600.0,
+                "memory": None,
+                "cpus": 1,
+                "gpus": 0,
+                "file": None,
+                "submit": "qsub {script}",
+            },
         },
         "ladder": [],
         "base": str(tmp_path),

@@ -16,7 +16,6 @@ its signal is that of preemption, but for SLURM the job is not running any more.
 from __future__ import annotations
 
 import abc
-import os
 import signal
 import subprocess
 from collections.abc import Iterator
@@ -96,7 +95,10 @@ def _listened(run: str) -> Iterator[tuple[Config, RunFolder, Progress]]:
 
 def _is_wanted(told: signal.Signals) -> bool:
     """Whether the job was not cancelled. SLURM knows; if it does not answer, the signal tells: `scancel` sends TERM."""
-    command = ["squeue", "--noheader", "--format=%T", f"--jobs={os.environ['SLURM_JOB_ID']}"]
+    from submitit.slurm.slurm import SlurmJobEnvironment
+
+    # not $SLURM_JOB_ID: that of an array's last job stands for the whole array
+    command = ["squeue", "--noheader", "--format=%T", f"--jobs={SlurmJobEnvironment().job_id}"]
     try:
         answer = subprocess.run(command, capture_output=True, text=True, check=True, timeout=SECONDS)  # noqa: S603
     except (OSError, subprocess.SubprocessError):
