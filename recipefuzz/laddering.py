@@ -75,7 +75,8 @@ def rung_config(config: Config, index: int, space: dict[str, Any]) -> Config:
     if config.search.time is not None:
         data["search"]["time"] = config.search.time / rungs
     data["run"]["folder"] = str(folder)
-    data |= {"space": space, "ladder": [], "base": str(config.folder)}
+    study = f"{config.study[:90]}-rung-{index + 1}"  # also its name in a database
+    data |= {"study": study, "space": space, "ladder": [], "base": str(config.folder)}
     return parse_config(data, _pointing_at(config.source, index))
 
 

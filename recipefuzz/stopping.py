@@ -9,16 +9,19 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+import time
+from collections.abc import Callable
+from functools import partial
 from types import FrameType
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 SIGNALS = [signal.Signals[name] for name in ("SIGTERM", "SIGUSR1", "SIGUSR2") if name in signal.Signals.__members__]
 
+T = TypeVar("T")
+
 
 class StoppedError(BaseException):
-    """In the midst of a wait that a signal ended. No `Exception`: nobody but its own `with` catches it."""
+    """In the midst of what a signal ended. No `Exception`: users' code must not catch it."""
 
 
 class Stop:
@@ -47,17 +50,19 @@ class Stop:
         if self._may_raise:
             raise StoppedError
 
-    @contextmanager
-    def waiting(self) -> Iterator[None]:
-        """What is done in here can be left at any moment; a signal ends it."""
+    def unless_told(self, what: Callable[[], T]) -> T | None:
+        """Do what can be left at any moment; a signal ends it, or keeps it from being begun: then None."""
         self._may_raise = True
         try:
-            if self.signal is None:
-                yield
+            return what() if self.signal is None else None
         except StoppedError:
-            pass
+            return None
         finally:
             self._may_raise = False
+
+    def sleep(self, seconds: float) -> None:
+        """At most until a signal comes."""
+        self.unless_told(partial(time.sleep, seconds))
 
     def pass_on(self) -> None:
         """Let whoever listened before hear the signal too. After the `with`."""

@@ -175,7 +175,8 @@ def _hardly_moves(e: Evidence) -> Verdict | None:
         return None
     text = (
         f"skill {e.recent.mean:.3f} after {e.steps} steps, and {e.horizon} such steps are too small to get anywhere: "
-        f"they move the weights by {e.path:.1g} of their size, and the loss by {e.reach:.1g} of the baseline at most"
+        f"they move the weights by {e.path:.1g} of their size"
+        + (f", and the loss by {e.reach:.1g} of the baseline at most" if out_of_reach else "")
     )
     return _stalled(e, text, "lr_too_low")
 

@@ -151,7 +151,8 @@ class Shift:
         self._pace = Pace.of(config, engine)
         self._held: dict[tuple[int, int], Item] = {}
         self._done: list[Outcome] = []
-        self._turn_took, self._last_turn, self._rate = 0.0, 0.0, 0.0
+        self._began, self._finished = time.monotonic(), 0
+        self._turn_took, self._last_turn = 0.0, 0.0
         self._phase: Phase | None = None
 
     def work(self, stop: Stop) -> bool:
@@ -177,20 +178,22 @@ class Shift:
         results = [to_result(self._config, o, self._held[o.job.key, o.job.seed].phase) for o in self._done]
         for outcome in self._done:
             del self._held[outcome.job.key, outcome.job.seed]
-        start = time.monotonic()
-        if self._last_turn:
-            self._rate = len(results) / max(start - self._last_turn, 1e-3)
-        room = 0 if leaving else self._pace.room(self._rate, self._turn_took) - len(self._held)
+        start, lapsed = time.monotonic(), self._lapsed()
+        self._finished += len(results)
+        rate = self._finished / max(start - self._began, 1.0)
+        room = 0 if leaving else self._pace.room(rate, self._turn_took) - len(self._held)
         peak = max((outcome.peak for outcome in self._done), default=0)
         turn = self.study.turn(
             results,
             most=max(0, room),
             least=max(0, self._pace.busy - len(self._held)),
-            lapsed=self._lapsed(),
+            lapsed=lapsed,
             elapsed=self._clock.seconds,
             late=self._clock.over,
             peak=Peak(megabytes(), peak),
         )
+        for worker in lapsed:
+            self._log.beat(worker, "", None)
         self._done.clear()
         self._last_turn = time.monotonic()
         self._turn_took = self._last_turn - start
@@ -207,9 +210,7 @@ class Shift:
     def _train(self, stop: Stop) -> None:
         """Until it is time for another turn: too little is left to do, or enough time has passed."""
         while self._held:
-            outcomes: list[Outcome] = []
-            with stop.waiting():
-                outcomes = self._engine.collect()
+            outcomes = stop.unless_told(self._engine.collect) or []
             self._done += outcomes
             under_way = len(self._held) - len(self._done)
             late = time.monotonic() - self._last_turn >= self._pace.pause(self._turn_took)
@@ -218,12 +219,10 @@ class Shift:
 
     def _wait(self, stop: Stop, pause: float) -> float:
         """For others, who run the last trials; returns how long to wait the next time."""
-        with stop.waiting():
-            time.sleep(pause)
+        stop.sleep(pause)
         while stop.signal is None and not self.study.look() and not self._lapsed():
             pause = min(1.5 * pause, IDLE_SECONDS[1])
-            with stop.waiting():
-                time.sleep(pause)
+            stop.sleep(pause)
         return pause
 
     def _lapsed(self) -> set[str]:

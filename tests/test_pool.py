@@ -514,6 +514,41 @@ def test_a_worker_a_core_or_a_gpu(monkeypatch, device, workers, expected):
 
 
 @pytest.mark.parametrize(
+    ("device", "visible", "expected"),
+    [
+        ("cpu", None, ("cpu", None)),
+        ("cuda", "4,5", ("cuda", None)),
+        ("cuda:1", None, ("cuda:0", "1")),
+        ("cuda:1", "", ("cuda:0", "1")),
+        ("cuda:1", "4, 5", ("cuda:0", "5")),
+        ("cuda:0", "GPU-8932f937,MIG-5c89", ("cuda:0", "GPU-8932f937")),
+    ],
+)
+def test_a_worker_sees_its_own_gpu_alone(device, visible, expected):
+    assert pool.own_gpu(device, visible) == expected
+
+
+def test_the_users_code_in_a_worker_sees_its_own_gpu_alone(write_study, tmp_path, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,7")
+    seen = tmp_path / "seen"
+    seen.mkdir()
+    told = f"""
+import os
+from pathlib import Path
+Path({str(seen)!r}, os.environ["CUDA_VISIBLE_DEVICES"]).touch()
+"""
+    config = write_study(USERS_CODE + told)
+    engine = PoolEngine(config, BUDGET, ["cuda:0", "cuda:1"], None)
+    try:
+        end = time.monotonic() + 60
+        while len(list(seen.iterdir())) < 2 and time.monotonic() < end:
+            time.sleep(0.05)
+    finally:
+        engine.close()
+    assert sorted(path.name for path in seen.iterdir()) == ["3", "7"]
+
+
+@pytest.mark.parametrize(
     ("device", "problem", "shown"),
     [
         ("gpu", "not a device", "expected: auto, cpu, cuda, cuda:0, ... or mps"),

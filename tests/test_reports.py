@@ -28,6 +28,7 @@ from recipefuzz.ranking import best, rank
 from recipefuzz.recipe import NORMS, Recipe, shown
 from recipefuzz.report import write as write_module
 from recipefuzz.report.failures import buckets, region
+from recipefuzz.report.grid_map import grid_map
 from recipefuzz.report.picture import picture, sparkline
 from recipefuzz.report.progress import Progress
 from recipefuzz.report.status import status_lines
@@ -422,6 +423,59 @@ def test_picture_shows_the_share_that_converged():
     assert lines[0].endswith("■ converging 3  ■ nan 1  ")
     assert "null ▆ 75%  batch · -" in lines[1]
     assert lines[2].split()[1:] == ["0", "▁·······█·······█······█", "1"]
+
+
+def test_values_of_a_coarse_axis_are_its_columns():
+    lr, width = Range(1e-4, 1, log=True), Range(16, 64, integer=True, step=16)
+    space = Space((("lr", lr), ("width", width)))
+    of_width = {16: "nan", 32: "converging", 48: "stalled", 64: "converging"}
+    found = [
+        TrialResult(0, Phase.SEARCH, 0, {"lr": x, "width": w}, of_width[w]) for x in lr.grid(5) for w in width.grid(5)
+    ]
+    drawn = printed(picture(found, space, grid_points=5)).splitlines()[1:]
+    assert [line.split()[1:4] for line in drawn] == [["0.0001", "▄▄▄▄▄", "1"], ["16", "▁█▁█", "64"]]
+    on_no_grid = printed(picture(found, space)).splitlines()[1:]
+    assert [len(line.split()[2]) for line in on_no_grid] == [24, 4]  # the values of a step are known without one
+
+
+CLIP = Choice((None, 5))
+
+
+@pytest.mark.parametrize(
+    ("axes", "expected"),
+    [
+        (("clip", CLIP, "lr", Range(0, 2)), ["clip", "null ××░░██", "5 ××░░██", "lr 0 to 2"]),
+        (("lr", Range(0, 2), "clip", CLIP), ["clip", "null ××░░██", "5 ××░░██", "lr 0 to 2"]),
+        (("a", Range(0, 2), "lr", Range(0, 2)), ["a", "2 ××░░██", "1 ××░░██", "0 ××░░██", "lr 0 to 2"]),
+    ],
+    ids=["choice and range", "range and choice", "two ranges"],
+)
+def test_a_grid_of_two_axes_is_drawn_as_a_map(axes, expected):
+    space = Space(((axes[0], axes[1]), (axes[2], axes[3])))
+    (up, rows), (lr, columns) = sorted(space.axes, key=lambda pair: pair[0])
+    verdicts = ["nan", "stalled", "converging"]
+    found = [
+        TrialResult(0, Phase.SEARCH, 0, {up: u, lr: x}, verdict)
+        for u in rows.grid(3)
+        for x, verdict in zip(columns.grid(3), verdicts, strict=True)
+    ]
+    legend, *lines = printed(grid_map(found, space, 3)).splitlines()
+    assert [" ".join(line.split()) for line in lines] == expected
+    assert legend.split()[-6:] == ["██", "converging", "░░", "stalled", "××", "nan"]
+    first = printed(grid_map(found[1:], space, 3)).splitlines()[2 if len(rows.grid(3)) == 2 else -2]
+    assert first.split()[1:] == ["·", "░░██"], "the recipe that is still to come"
+
+
+def test_only_a_grid_that_fits_is_drawn_as_a_map():
+    lr, clip = ("lr", Range(0, 1)), ("clip", CLIP)
+    for axes, points in [((lr,), 3), ((clip, ("norm", CLIP)), 3), ((lr, clip, ("b", lr[1])), 3), ((lr, clip), 25)]:
+        assert grid_map([], Space(axes), points) is None
+    searched = {"space": {"lr": KINDS["lr"], "clip_norm": [None, 1]}, "search": {"sampler": "grid"}}
+    for sampler, drawn in (("grid", True), ("random", False)):
+        made = config(**searched | {"search": {"sampler": sampler}})
+        found = [TrialResult(0, Phase.SEARCH, 0, {"lr": 1e-5, "clip_norm": 1}, "nan")]
+        text = printed(summary(Path(), made, found, [], {}, Peak(0, 0)))
+        assert ("every recipe of the grid" in text) is drawn
 
 
 @pytest.mark.parametrize(

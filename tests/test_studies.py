@@ -13,7 +13,16 @@ from recipefuzz.errors import EXIT_BAD_INPUT, InputError
 from recipefuzz.laddering import ladder
 
 STUDIES = Path(__file__).parent.parent / "studies"
-SEARCHED = {"adam_lr", "normalization", "quickstart", "standardizing"}
+SEARCHED = {
+    "adam_lr",
+    "init_scale",
+    "normalization",
+    "own_model",
+    "quickstart",
+    "rnn_clipping",
+    "standardizing",
+    "trainability_map",
+}
 LADDERS = {"ladder_charlm"}
 DIAGNOSED = {"own_loss": ("code", "log_of_zero"), "missing_cell": ("data", "data_nonfinite")}
 

@@ -71,6 +71,13 @@ def test_typical_runs(name: str) -> None:
     assert (verdict.cause == "") == (label is Label.CONVERGING)
 
 
+@pytest.mark.parametrize(("gradient", "said"), [(1.0, True), (1e9, False)])
+def test_small_steps_say_how_far_the_loss_can_get_only_where_that_decides(gradient: float, said: bool) -> None:
+    verdict, _ = decide(run(-20 + T * 1e-3, pace=1e-6, gradient=gradient))
+    assert "too small to get anywhere: they move the weights by" in verdict.reason
+    assert ("of the baseline at most" in verdict.reason) is said
+
+
 def test_a_plateau_is_not_called_a_stall_within_the_short_budget() -> None:
     flat = run(np.zeros(BUDGET.limit), gradient=20.0)
     assert all(judge(head(flat, n), BASELINE, BUDGET) is None for n in BUDGET.checkpoints() if n <= BUDGET.steps)

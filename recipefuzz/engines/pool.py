@@ -33,6 +33,7 @@ _METHOD = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods(
 _CONTEXT: Any = multiprocessing.get_context(_METHOD)
 START_SECONDS = 300.0  # importing torch from a busy network file system takes a minute or two
 POLL_SECONDS = 5.0
+VISIBLE = "CUDA_VISIBLE_DEVICES"
 SIGNAL_SECONDS = 1.0  # until a signal has reached all processes of a job
 FORKSERVER_GONE = 255  # what multiprocessing gives for the exit code then
 ENDED_BY_JOB = (*(-s for s in (signal.SIGTERM, signal.SIGINT)), FORKSERVER_GONE)
@@ -100,7 +101,8 @@ class PoolEngine:
 
     def _start(self, slot: int) -> _Worker:
         ours, theirs = _CONTEXT.Pipe()
-        arguments = (theirs, self._config, self._budget, self._devices[slot], os.environ.get(SAFE_PATH))
+        gpu = own_gpu(self._devices[slot], os.environ.get(VISIBLE))
+        arguments = (theirs, self._config, self._budget, *gpu, os.environ.get(SAFE_PATH))
         # not a daemon: those may have no children, and the user's DataLoader has
         process = _CONTEXT.Process(target=_enter, args=arguments, daemon=False)
         with apart_from_users_code(self._config.folder):
@@ -259,12 +261,33 @@ def _end_all(workers: dict[int, _Worker]) -> None:
     workers.clear()
 
 
-def _enter(pipe: Connection, config: Config, budget: Budget, device: str, safe_path: str | None) -> None:
+def _enter(
+    pipe: Connection, config: Config, budget: Budget, device: str, visible: str | None, safe_path: str | None
+) -> None:
     if safe_path is None:  # ours, for starting: not for the scripts that the user's code may start
         os.environ.pop(SAFE_PATH, None)
+    if visible is not None:
+        os.environ[VISIBLE] = visible
     from recipefuzz.engines import worker
 
     worker.serve(pipe, config, budget, device)
+
+
+def own_gpu(device: str, visible: str | None) -> tuple[str, str | None]:
+    """A worker sees its own GPU alone: what users' code sends to "cuda" goes there, not all to the first.
+
+    Args:
+        device: "cuda:1" is the second of those that are visible here,
+        visible: of which CUDA_VISIBLE_DEVICES says which they are, by numbers or names, where it is set.
+
+    Returns:
+        The device's name there, and CUDA_VISIBLE_DEVICES for it; None to leave that as it is.
+    """
+    kind, _, index = device.partition(":")
+    if kind != "cuda" or not index:
+        return device, None
+    here = [name.strip() for name in visible.split(",")] if visible else []
+    return "cuda:0", here[int(index)] if here else index
 
 
 def warm_up(folder: Path | None = None) -> None:

@@ -2,30 +2,36 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Sequence
+from itertools import pairwise
 
 from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from recipefuzz.recipe import shown
+from recipefuzz.recipe import Scalar, shown
 from recipefuzz.result import ERROR, Phase, TrialResult
 from recipefuzz.space import Axis, Choice, Range, Space
 from recipefuzz.verdict import Label
 
 BLOCKS = " ▁▂▃▄▅▆▇█"
-BINS = 24
+BINS = 24  # columns of a range at most
 COLORS = {"converging": "green", "stalled": "yellow", "nan": "red", ERROR: "magenta"}
 
 
-def picture(results: Sequence[TrialResult], space: Space) -> Group:
-    """A line per axis: height is the share of trials that converged, colour the most frequent outcome."""
+def picture(results: Sequence[TrialResult], space: Space, grid_points: int | None = None) -> Group:
+    """A line per axis: height is the share of trials that converged, colour the most frequent outcome.
+
+    Args:
+        grid_points: values per range, where the trials lie on a grid.
+    """
     trials = [r for r in results if r.phase is Phase.SEARCH]
     grid = Table.grid(padding=(0, 1))
     for column in ("right", "right", "left"):
         grid.add_column(justify=column)
     for name, axis in space.axes:
-        grid.add_row(Text(name, style="bold"), *_line(name, axis, trials))
+        grid.add_row(Text(name, style="bold"), *_line(name, axis, trials, grid_points))
     return Group(_legend(trials), grid)
 
 
@@ -42,13 +48,30 @@ def _legend(trials: Sequence[TrialResult]) -> Text:
     return text
 
 
-def _line(name: str, axis: Axis, trials: Sequence[TrialResult]) -> tuple[str, Text]:
+def edges(axis: Range, grid_points: int | None) -> list[float]:
+    """Where a range is cut into columns, as positions of 0 to 1: between its values where they are few, else evenly."""
+    values = axis.grid(grid_points or BINS + 1)
+    if len(values) > BINS:
+        return [i / BINS for i in range(1, BINS)]
+    return [(a + b) / 2 for a, b in pairwise(_position(value, axis) for value in values)]
+
+
+def column(value: Scalar, axis: Range, cuts: Sequence[float]) -> int:
+    """Which of the columns between the cuts a value is in."""
+    return bisect_right(cuts, _position(value, axis))
+
+
+def _position(value: Scalar, axis: Range) -> float:
+    assert isinstance(value, (int, float))
+    return axis.position(value)
+
+
+def _line(name: str, axis: Axis, trials: Sequence[TrialResult], grid_points: int | None) -> tuple[str, Text]:
     if isinstance(axis, Range):
-        bins: list[list[TrialResult]] = [[] for _ in range(BINS)]
+        cuts = edges(axis, grid_points)
+        bins: list[list[TrialResult]] = [[] for _ in range(len(cuts) + 1)]
         for trial in trials:
-            value = trial.values[name]
-            assert isinstance(value, (int, float))
-            bins[min(BINS - 1, int(axis.position(value) * BINS))].append(trial)
+            bins[column(trial.values[name], axis, cuts)].append(trial)
         text = Text.assemble(*(_block(b) for b in bins))
         return f"{axis.low:g}", text.append(f" {axis.high:g}").append(" (log)" if axis.log else "", style="dim")
     return "", _choices(name, axis, trials)

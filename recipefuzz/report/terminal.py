@@ -20,6 +20,7 @@ from recipefuzz.peak import Peak
 from recipefuzz.ranking import Ranked
 from recipefuzz.recipe import shown
 from recipefuzz.report.failures import Bucket, buckets
+from recipefuzz.report.grid_map import grid_map
 from recipefuzz.report.picture import picture, sparkline
 from recipefuzz.result import Phase, TrialResult
 
@@ -45,7 +46,7 @@ def summary(
     searched = [r for r in results if r.phase is Phase.SEARCH]
     parts: list[RenderableType] = []
     if searched:
-        parts += [picture(searched, config.axes), ""]
+        parts += [*_pictures(searched, config), ""]
     parts += [
         _verdict_line(ranking),
         *_top(ranking, config),
@@ -56,6 +57,14 @@ def summary(
     if peak.search:
         parts.append(Text(f"peak memory: {peak}", style="dim"))
     return Group(*parts)
+
+
+def _pictures(searched: Sequence[TrialResult], config: Config) -> list[RenderableType]:
+    if config.search.sampler != "grid":
+        return [picture(searched, config.axes)]
+    points = config.search.grid_points
+    lines, drawn = picture(searched, config.axes, points), grid_map(searched, config.axes, points)
+    return [lines, "", drawn] if drawn else [lines]
 
 
 def _verdict_line(ranking: Sequence[Ranked]) -> Text:
