@@ -117,7 +117,8 @@ MEANING = {
     "run.slurm.partition": "a partition of the cluster, or several with commas between",
     "run.slurm.account": "an account of the cluster",
     "run.slurm.qos": "a quality of service of the cluster",
-    "run.slurm.grace": DURATION + ": what a worker has for leaving before its time is up; a minute less than time, at least",
+    "run.slurm.grace": DURATION
+    + ": what a worker has for leaving before its time is up; a minute less than time, at least",
     "run.slurm.sbatch": "other options, in their long form: [--constraint=a100, --exclusive]",
     "run.slurm.setup": "lines of shell to run before the worker: [module load cuda]",
     "run.template.file": "the path of a job script with {command} in it",
