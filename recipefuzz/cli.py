@@ -304,7 +304,8 @@ def status(run: RunName) -> None:
     from recipefuzz.run_folder import RunFolder
 
     folder = RunFolder.find(run)
-    for line in (*status_lines(folder), *job_lines(alive(folder.path))):
+    jobs = alive(folder.path)
+    for line in (*status_lines(folder, queued=bool(jobs.workers)), *job_lines(jobs)):
         console().print(line)
 
 

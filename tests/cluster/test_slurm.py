@@ -204,3 +204,25 @@ def test_preempted_jobs_come_back_once(slurm: Slurm, study: Study) -> None:
     assert {job["JobState"] for job in shown} == {"COMPLETED"}
     assert json.loads((study.run / "jobs.json").read_text())[0]["array"] == array
     study.check()
+
+
+TEMPLATE = """\
+#!/bin/bash
+#SBATCH --job-name={name} --array=0-{last} --cpus-per-task={cpus} --mem={memory} --time={time}
+#SBATCH --output={log}.%a.out
+{command}
+"""
+
+
+def test_a_template_for_another_scheduler(slurm: Slurm, study: Study) -> None:
+    (study.folder / "job.sh").write_text(TEMPLATE)
+    config = yaml.safe_load((study.folder / "study.yaml").read_text())
+    template = {"file": "job.sh", "submit": "sbatch {script}", "workers": 3, "cpus": 3, "memory": "1G"}
+    config["run"] |= {"launcher": "template", "template": template}
+    (study.folder / "study.yaml").write_text(yaml.safe_dump(config))
+    assert "Submitted batch job" in study.recipefuzz("search", "study.yaml")
+    slurm.wait_for_end()
+    assert "handed to the scheduler" in study.recipefuzz("status", "study")
+    study.recipefuzz("report", "study")
+    study.check()
+    assert len({node for _, node, *_ in study.came()}) == 3
