@@ -27,6 +27,7 @@ from recipefuzz.launch.scripts import scripts
 from recipefuzz.launch.submitting import submit
 from recipefuzz.listening import Silent
 from recipefuzz.run_folder import RunFolder
+from recipefuzz.stopping import SIGNALS
 
 FakeCommand = Callable[[str, str], Path]
 
@@ -381,11 +382,15 @@ def run_worker(monkeypatch: pytest.MonkeyPatch, told: signal.Signals | None, *, 
     monkeypatch.setattr(task.Worker, "_work", work)
     monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "12")
     monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "3")
-    before = signal.signal(signal.SIGUSR2, requeue)
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    signal.signal(signal.SIGUSR2, requeue)
     try:
         task.Worker("run")()
+        if over:
+            signal.raise_signal(signal.SIGUSR2)  # one that comes while Python ends
     finally:
-        signal.signal(signal.SIGUSR2, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 STATES = {"runs": "echo RUNNING", "cancelled": "echo COMPLETING", "gone": "true", "no answer": "exit 1"}

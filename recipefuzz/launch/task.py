@@ -24,13 +24,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from recipefuzz.stopping import SIGNALS, Stop
+
 if TYPE_CHECKING:
     from submitit.core.utils import DelayedSubmission
 
     from recipefuzz.config import Config
     from recipefuzz.report.progress import Progress
     from recipefuzz.run_folder import RunFolder
-    from recipefuzz.stopping import Stop
 
 SECONDS = 30.0  # for SLURM to answer, of those between the signal and the end
 
@@ -55,11 +56,11 @@ class Worker(_Task):
     """`recipefuzz worker RUN`; with work left, another time."""
 
     def __call__(self) -> None:
-        from recipefuzz.stopping import Stop
-
         with Stop() as stop:  # before torch is imported, which takes seconds
             over = self._work(stop)
-        if stop.signal is not None and not over and _is_wanted(stop.signal):
+        if over:
+            _ignore_signals()
+        elif stop.signal is not None and _is_wanted(stop.signal):
             _requeue()
 
     def _work(self, stop: Stop) -> bool:
@@ -91,6 +92,12 @@ def _listened(run: str) -> Iterator[tuple[Config, RunFolder, Progress]]:
     config = folder.load_config()
     with closing(Progress(console(), config.axes.names)) as progress:
         yield config, folder, progress
+
+
+def _ignore_signals() -> None:
+    """Python ends without its handlers: a signal then, that the time is nearly up, would make a failed job of this."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _is_wanted(told: signal.Signals) -> bool:

@@ -93,21 +93,27 @@ def study(tmp_path: Path) -> Study:
     return write_study(tmp_path, workers=3, cpus=3)
 
 
-def write_study(folder: Path, pause: float = 0.02, **slurm: object) -> Study:
-    """A study; `pause` seconds a step."""
+def write_study(folder: Path, pause: float = 0.02, diagnose: int = 0, **slurm: object) -> Study:
+    """A study; `pause` seconds a step, of explaining `diagnose` failures, too."""
     (folder / "case.py").write_text(f"PAUSE = {pause}\n{CODE}")
     config = {
         "target": {"data": "case:load", "model": "case:build", "loss": "case:loss"},
         "space": {"lr": {"low": 1e-3, "high": 1, "log": True}},
         "trial": {"steps": 20, "extend": 1},
-        "search": {"trials": TRIALS, "sampler": "random", "confirm": {"top": TOP, "seeds": SEEDS}, "diagnose": 1},
+        "search": {
+            "trials": TRIALS,
+            "sampler": "random",
+            "confirm": {"top": TOP, "seeds": SEEDS},
+            "diagnose": diagnose,
+        },
         "run": {"engine": "sequential", "workers": 0, "launcher": "slurm", "slurm": {"time": "10m"} | slurm},
     }
     (folder / "study.yaml").write_text(yaml.safe_dump(config))
     return Study(folder, folder / "runs" / "study")
 
 
-def test_workers_on_several_nodes_and_then_the_report(slurm: Slurm, study: Study) -> None:
+def test_workers_on_several_nodes_and_then_the_report(slurm: Slurm, tmp_path: Path) -> None:
+    study = write_study(tmp_path, pause=0.01, diagnose=1, workers=3, cpus=3)
     scripts = study.recipefuzz("submit", "study.yaml", "--dry-run")
     array, finish = study.submit()
     assert "report   by job" in study.recipefuzz("status", "study")
@@ -120,6 +126,7 @@ def test_workers_on_several_nodes_and_then_the_report(slurm: Slurm, study: Study
     study.check()
     assert len({job for job, *_ in study.came()}) == 3 + 1, "three workers and the report"
     assert slurm.show(finish)["JobState"] == "COMPLETED"
+    assert json.loads((study.run / "diagnoses.json").read_text()), "a failure is explained"
     assert "no worker is queued or running" in study.recipefuzz("status", "study")
     assert "no job of this run" in study.recipefuzz("cancel", "study")
 
@@ -186,7 +193,7 @@ def test_more_workers_for_a_run_that_has_some(slurm: Slurm, study: Study) -> Non
 def test_a_time_limit_is_not_the_end(slurm: Slurm, tmp_path: Path) -> None:
     study = write_study(tmp_path, pause=0.08, workers=1, time="2m", grace="60s")
     array, _ = study.submit()
-    slurm.wait_for_end()
+    slurm.wait_for_end(600)
     assert int(slurm.show(array)["Restarts"]) >= 1, study.logs()
     assert "was not finished is given back" in study.logs()
     assert slurm.show(array)["JobState"] == "COMPLETED"
