@@ -63,12 +63,13 @@ def search(
         from recipefuzz.report.terminal import console, summary
 
         study = load_config(config).but(trials=trials, workers=workers, folder=folder)
-        if study.run.launcher != "local":
-            _submit(study.launched(), fresh=fresh, add=False)
-            return
-        warm_up()
+        if study.run.launcher == "local":
+            warm_up()
         from recipefuzz.searching import search as run_search
 
+    if study.run.launcher != "local":
+        _submit(study.launched(), fresh=fresh, add=False)
+        return
     out = console()
     progress = Progress(out, study.axes.names)
     try:

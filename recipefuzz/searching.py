@@ -37,13 +37,18 @@ from recipefuzz.working import search_shared
 
 
 def search(
-    config: Config | dict[str, Any] | str | Path, *, fresh: bool = False, listener: Listener | None = None
+    config: Config | dict[str, Any] | str | Path,
+    *,
+    fresh: bool = False,
+    listener: Listener | None = None,
+    checked: bool = False,
 ) -> SearchResult:
     """Search a study's space, confirm and rank its safe recipes; resume the run if it exists.
 
     Args:
         config: a config file, its contents as a mapping, or a checked Config.
         fresh: put an existing run of this name aside instead of resuming it.
+        checked: the cheap preflight checks were made already.
 
     Raises:
         InputError: what is wrong with the config or the user's code, before anything is trained.
@@ -52,7 +57,7 @@ def search(
     config = as_config(config)
     listener = listener or Silent()
     pick_device(config)  # first of all: whether the device is there
-    task = ready(config, listener)
+    task = ready(config, listener, checked=checked)
     folder = RunFolder.of(config)
     if folder.is_shared(config):
         return search_shared(config, task, folder, listener, fresh=fresh)
@@ -68,8 +73,11 @@ def search(
         return report(folder, config, study.results, study.peak)
 
 
-def ready(config: Config, listener: Listener) -> Task:
+def ready(config: Config, listener: Listener, *, checked: bool = False) -> Task:
     """What a search looks at before it trains.
+
+    Args:
+        checked: the cheap preflight checks were made already.
 
     Raises:
         InputError: what is wrong with the config or the user's code.
@@ -88,7 +96,8 @@ def ready(config: Config, listener: Listener) -> Task:
             place=config.source.place("target", "loss"),
             fix="look whether all training targets are the same, or add a constant to the loss",
         )
-    _check(config, task, listener)
+    if not checked:
+        _check(config, task, listener)
     return task
 
 

@@ -437,6 +437,14 @@ def test_further_seeds_are_run_of_the_smallest_that_work():
     assert not fixes[-1].works  # one run may be luck
 
 
+def test_the_change_that_is_asked_for_is_confirmed_however_large_it_is():
+    """A rate's ladder is long: six smaller changes of other axes must not keep it from being run on further seeds."""
+    many = [Remedy({"init_scale": 1.0 / size}, size) for size in range(1, 12)] + [Remedy({"lr": 1.0}, 12)]
+    fixes = remedies.tried(Recipe(), 0, many, runner(lambda *_: True, []), lambda r: "lr" in r.values)
+    assert [dict(f.values) for f in fixes if f.works][-1] == {"lr": 1.0}
+    assert sum(f.works for f in fixes) == remedies.CONFIRMED
+
+
 # the smallest failing difference
 
 SAFE = Recipe.of({"lr": 0.01})
@@ -601,7 +609,7 @@ def test_buckets_are_joined_where_their_diagnoses_agree():
     bug = Diagnosis("nan", "code", "log_of_zero", "loss", "log", file="/a/model.py", line=3, advice="clamp it")
     found = buckets(results, AXES, {2: bug, 5: bug})
     assert [(b.trials, b.cause, b.place, b.example.trial) for b in found] == [(7, "log_of_zero", "model.py:3", 2)]
-    assert str(found[0]) == "7 trials: log_of_zero at model.py:3"
+    assert str(found[0]) == "7 trials like trial 2: log_of_zero at model.py:3 (trial 2 diagnosed)"
     row = failures_frame(found).iloc[0]
     assert (row.root, row.op, row.line, row.fix) == ("code", "log", 3, "clamp it")
 

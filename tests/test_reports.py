@@ -22,6 +22,7 @@ from rich.console import Console
 from recipefuzz.atomic import write_atomically
 from recipefuzz.axes import TAKEN
 from recipefuzz.config import Config, load_config, parse_config
+from recipefuzz.diagnosis import Diagnosis, Root
 from recipefuzz.errors import InputError, RunFailedError
 from recipefuzz.peak import Peak
 from recipefuzz.ranking import best, rank
@@ -347,6 +348,15 @@ def failed(number: int, lr: float, **more) -> TrialResult:
     return TrialResult(
         number, Phase.SEARCH, 0, Recipe(lr=lr).values() | {"width": 1 + number * 7 % 16, "norm": None}, **more
     )
+
+
+def test_a_bucket_says_whose_diagnosis_it_shows():
+    trials = [failed(i, 5.0, verdict="nan", cause="exploding_activations") for i in range(3)]
+    diagnoses = {1: Diagnosis("nan", Root.RECIPE, "exploding_parameters")}
+    (bucket,) = buckets(trials, SPACE, diagnoses)
+    assert str(bucket) == "3 trials like trial 1: exploding_parameters (trial 1 diagnosed)"
+    (alone,) = buckets(trials[1:2], SPACE, diagnoses)
+    assert str(alone) == "1 trial: exploding_parameters"
 
 
 def test_buckets():
