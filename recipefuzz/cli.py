@@ -118,9 +118,8 @@ def _submit(study: Config, *, fresh: bool, add: bool) -> None:
     from recipefuzz.report.progress import Progress
     from recipefuzz.report.terminal import console
 
-    out = console()
-    for line in submit_jobs(study, fresh=fresh, add=add, listener=Progress(out, study.axes.names)):
-        out.print(line)
+    for line in submit_jobs(study, fresh=fresh, add=add, listener=Progress(console(), study.axes.names)):
+        typer.echo(line)
 
 
 @app.command()

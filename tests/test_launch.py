@@ -24,6 +24,7 @@ from recipefuzz.launch.cancelling import end
 from recipefuzz.launch.jobs import FILE, Submission, alive, job_lines, keep, submitted
 from recipefuzz.launch.private_folder import make_private, require_private
 from recipefuzz.launch.scripts import scripts
+from recipefuzz.launch.slurm import submit_workers
 from recipefuzz.launch.submitting import submit
 from recipefuzz.listening import Silent
 from recipefuzz.run_folder import RunFolder
@@ -246,6 +247,8 @@ def test_a_slurm_that_can_not_be_asked_is_words(
     assert list(job_lines(alive(tmp_path))) == [f"  jobs     unknown: {why}"]
     with pytest.raises(RunFailedError, match=why):
         list(end(RunFolder(tmp_path)))
+    fake("sbatch", "true")
+    monkeypatch.setenv("PATH", f"{os.environ['PATH']}:{tmp_path / 'bin'}")
     with pytest.raises(RunFailedError, match=why):
         list(submit(study(tmp_path), listener=Silent()))
 
@@ -321,6 +324,30 @@ def test_any_list_of_jobs_is_read_or_refused(tmp_path_factory: pytest.TempPathFa
     except InputError:
         return
     assert all(isinstance(submission, Submission) for submission in found)
+
+
+def test_where_there_is_no_slurm_it_is_said_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(InputError, match="there is no command sbatch here"):
+        list(submit(study(tmp_path / "run"), listener=Silent()))
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_sbatch_says_is_shown(tmp_path: Path, fake: FakeCommand) -> None:
+    make_private(tmp_path / "jobs")
+    fake("srun", "true")
+    fake("sbatch", "echo sbatch: error: invalid partition specified: nope >&2; exit 1")
+    with pytest.raises(RunFailedError, match=r"SLURM did not take the job(.|\n)*invalid partition specified: nope"):
+        submit_workers(study(tmp_path, partition="nope"), tmp_path)
+
+
+def test_ids_of_what_was_submitted(tmp_path: Path, fake: FakeCommand) -> None:
+    make_private(tmp_path / "jobs")
+    fake("srun", "true")
+    fake("sbatch", "echo Submitted batch job 77")
+    assert submit_workers(study(tmp_path), tmp_path) == "77"
+    assert len(list((tmp_path / "jobs").glob("77_*_submitted.pkl"))) == 4
+    assert submit_workers(study(tmp_path, workers=1), tmp_path) == "77"
 
 
 # --- the folder of the jobs
@@ -435,7 +462,7 @@ def test_a_worker_with_nothing_left_to_do_does_not_come_back(
 PBS = """\
 #!/bin/bash
 #PBS -N {name}
-#PBS -J 0-{last}
+#PBS -J 1-{workers}
 #PBS -l select=1:ncpus={cpus}:ngpus={gpus}:mem={memory}
 #PBS -l walltime={time}
 #PBS -o {log}
@@ -445,7 +472,7 @@ echo ${workers} {a,b} {unknown} $HOME
 FILLED = """\
 #!/bin/bash
 #PBS -N recipefuzz-digits
-#PBS -J 0-7
+#PBS -J 1-8
 #PBS -l select=1:ncpus=6:ngpus=1:mem=8G
 #PBS -l walltime=02:01:00
 #PBS -o RUN/jobs/log
@@ -504,7 +531,7 @@ def test_a_template_is_handed_to_the_command_of_the_config(tmp_path: Path, fake:
 @pytest.mark.slow
 def test_a_shell_is_a_scheduler_too(tmp_path: Path) -> None:
     """A template whose two workers run in the background of one script."""
-    (tmp_path / "job.sh").write_text("for i in $(seq 0 {last}); do {command} >{log}.$i 2>&1 & done\nwait\n")
+    (tmp_path / "job.sh").write_text("for i in $(seq {workers}); do {command} >{log}.$i 2>&1 & done\nwait\n")
     (tmp_path / "study.yaml").write_text(
         "target: {data: wine, model: mlp, model_args: {width: 8, depth: 2}}\n"
         "space: {lr: {low: 1e-3, high: 1, log: true}}\n"

@@ -58,7 +58,6 @@ def _values(config: Config, run: Path) -> dict[str, str]:
     return {
         "command": shlex.join([sys.executable, "-P", "-m", "recipefuzz", "worker", str(run)]),
         "workers": str(job.workers),
-        "last": str(job.workers - 1),
         "run": str(run),
         "time": f"{hours:02}:{rest:02}:00",
         "minutes": str(int(minutes)),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import shlex
+import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -62,8 +63,22 @@ def submit_finish(config: Config, run: Path, after: Sequence[str]) -> str:
     return _submit(_finish(config, run / JOBS, after), run / JOBS, [Finish(str(run))])[0]
 
 
-def _submit(parameters: dict[str, Any], folder: Path, tasks: Sequence[Any]) -> list[str]:
+def require_slurm() -> None:
+    """See that jobs can be submitted from here.
+
+    Raises:
+        InputError: submitit is not installed, or SLURM is not there.
+    """
     _require_submitit()
+    if shutil.which("sbatch") is None:
+        raise InputError(
+            "there is no command sbatch here",
+            expected="a machine from which jobs are submitted to SLURM, such as a login node",
+            fix="--dry-run shows the job scripts on any machine; --template submits to another scheduler",
+        )
+
+
+def _submit(parameters: dict[str, Any], folder: Path, tasks: Sequence[Any]) -> list[str]:
     from submitit import SlurmExecutor
     from submitit.core.utils import FailedJobError, FailedSubmissionError
 
@@ -76,7 +91,7 @@ def _submit(parameters: dict[str, Any], folder: Path, tasks: Sequence[Any]) -> l
         raise RunFailedError(
             "SLURM did not take the job",
             place=Place(str(folder)),
-            fix="submit from a machine with SLURM's commands; look at run.slurm in the config",
+            fix="look at run.slurm in the config; everything finished is kept",
             detail="\n".join(lines[-5:]),
         ) from error
 

@@ -31,6 +31,8 @@ def submit(config: Config, *, fresh: bool = False, add: bool = False, listener: 
         InputError: what is wrong with the config or the user's code; jobs of this run are still there.
         RunFailedError: the folder can't be written, or the scheduler does not take the jobs.
     """
+    if config.run.launcher == "slurm":
+        slurm.require_slurm()
     folder = RunFolder.of(config)
     there = alive(folder.path)
     _refuse(config, folder, there, fresh=fresh, add=add)

@@ -215,7 +215,7 @@ def test_preempted_jobs_come_back_once(slurm: Slurm, study: Study) -> None:
 
 TEMPLATE = """\
 #!/bin/bash
-#SBATCH --job-name={name} --array=0-{last} --cpus-per-task={cpus} --mem={memory} --time={time}
+#SBATCH --job-name={name} --array=1-{workers} --cpus-per-task={cpus} --mem={memory} --time={time}
 #SBATCH --output={log}.%a.out
 {command}
 """
