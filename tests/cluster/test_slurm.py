@@ -195,7 +195,7 @@ def test_a_time_limit_is_not_the_end(slurm: Slurm, tmp_path: Path) -> None:
     array, _ = study.submit()
     slurm.wait_for_end(600)
     assert int(slurm.show(array)["Restarts"]) >= 1, study.logs()
-    assert "was not finished is given back" in study.logs()
+    assert "told to stop (SIGUSR2)" in study.logs()
     assert slurm.show(array)["JobState"] == "COMPLETED"
     study.check()
 
