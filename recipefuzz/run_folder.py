@@ -21,9 +21,10 @@ from recipefuzz.errors import InputError, Place, RunFailedError
 from recipefuzz.journal import BEATS, Journal, at_work
 from recipefuzz.locks import Lock, is_held, require_reach
 from recipefuzz.peak import Peak
-from recipefuzz.result import TrialResult
+from recipefuzz.result import TrialResult, check_values
 from recipefuzz.sharing import SharedStudy
 from recipefuzz.source import write_yaml
+from recipefuzz.space import Space
 from recipefuzz.store import Store
 
 RUNS = Path("runs")
@@ -71,20 +72,31 @@ class RunFolder:
             fix=f"runs here: {', '.join(known)}" if known else "recipefuzz search CONFIG makes one",
         )
 
-    def read(self) -> tuple[list[TrialResult], float, Peak]:
-        """All finished trials, the time and the memory that they took, read while another process may be writing."""
+    def read(self, space: Space) -> tuple[list[TrialResult], float, Peak]:
+        """All finished trials, the time and the memory that they took, read while another process may be writing.
+
+        Raises:
+            InputError: the journal is damaged, or its trials are not of that space.
+        """
         store = Store(self.log(self.load_config(), write=False), write=False)
         try:
-            return store.results(), store.seconds(), store.peak()
+            results, seconds, peak = store.results(), store.seconds(), store.peak()
+            check_values(results, space)
+        except ValueError as error:
+            fix = "put the config back as it was, or start again with --fresh"
+            raise InputError(
+                f"{self.config.name} made another run: {error}", place=Place(str(self.path)), fix=fix
+            ) from error
         finally:
             store.close()
+        return results, seconds, peak
 
     def diagnoses(self) -> dict[int, Diagnosis]:
         """What was found out about trials, by their numbers; a file that can't be read is as good as none."""
         try:
-            records = json.loads((self.path / DIAGNOSES).read_text())
-            return {int(number): Diagnosis.from_record(record) for number, record in records.items()}
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            records = json.loads((self.path / DIAGNOSES).read_text(encoding="utf-8"))
+            return {int(number): Diagnosis.from_record(record) for number, record in dict(records).items()}
+        except (OSError, ValueError, TypeError, RecursionError):
             return {}
 
     def keep(self, diagnoses: Mapping[int, Diagnosis]) -> None:

@@ -15,7 +15,7 @@ from test_cli import cli
 from torch import nn
 
 import recipefuzz
-from recipefuzz import searching
+from recipefuzz import searched
 from recipefuzz.diagnose import remedies
 from recipefuzz.diagnose.patient import Patient
 from recipefuzz.diagnose.remedies import Applies, Remedy
@@ -565,7 +565,7 @@ def test_a_search_explains_its_failures_and_keeps_what_it_found(study, monkeypat
     assert "a trial from 0 to 7" in err
 
     # a resumed search does not ask again
-    monkeypatch.setattr(searching, "diagnose_stored", lambda *_: pytest.fail("it is known"))
+    monkeypatch.setattr(searched, "diagnose_stored", lambda *_: pytest.fail("it is known"))
     again = recipefuzz.search(study)
     assert again.diagnoses == result.diagnoses
     monkeypatch.undo()

@@ -294,7 +294,7 @@ def test_a_run_with_jobs_is_not_submitted_again(tmp_path: Path, fake: FakeComman
         {"names": None},
         {"names": [3]},
         {"workers": "4"},
-        {"more": 1},
+        {"at": None},
     ],
 )
 def test_a_list_of_jobs_that_others_wrote_is_data(tmp_path: Path, change: dict[str, object]) -> None:

@@ -615,6 +615,12 @@ def test_atomic_file_is_as_any_other(tmp_path):
     assert path.read_bytes() == b"lines\nend in \\n, \xc3\xa4, and half a character: \\ud800\n"
     (tmp_path / "plain").touch()
     assert path.stat().st_mode == (tmp_path / "plain").stat().st_mode
+    before = os.umask(0o077)
+    try:
+        write_atomically(path, "for my eyes")
+    finally:
+        os.umask(before)
+    assert path.stat().st_mode & 0o777 == 0o600
     with pytest.raises(RunFailedError, match=r"missing/file\.txt: can't write the file: No such file or directory"):
         write_atomically(tmp_path / "missing" / "file.txt", "")
 

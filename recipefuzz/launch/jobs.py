@@ -9,10 +9,10 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from recipefuzz.atomic import write_atomically
 from recipefuzz.errors import InputError, Place, RunFailedError
+from recipefuzz.records import read_record
 
 FILE = "jobs.json"  # in the run's folder
 SECONDS = 30.0  # for SLURM to answer
@@ -98,7 +98,7 @@ def submitted(run: Path) -> tuple[Submission, ...]:
         return tuple(_submission(record) for record in json.loads(path.read_text(encoding="utf-8")))
     except FileNotFoundError:
         return ()
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+    except (OSError, ValueError, TypeError, RecursionError) as error:
         raise InputError(
             "the list of the run's jobs can't be read",
             place=Place(str(path)),
@@ -107,12 +107,9 @@ def submitted(run: Path) -> tuple[Submission, ...]:
         ) from error
 
 
-def _submission(record: dict[str, Any]) -> Submission:
+def _submission(record: object) -> Submission:
     """Ids are numbers, since they become arguments of `scancel`."""
-    found = Submission(**record | {"names": tuple(record["names"])})
-    texts = (found.at, found.said, *found.names)
-    if not all(isinstance(text, str) for text in texts) or not isinstance(found.workers, int):
-        raise TypeError("a value of another type")
+    found = read_record(Submission, record)
     if not all(re.fullmatch(r"[0-9]{0,20}", number) for number in (found.array, found.finish)):
         raise ValueError("a job's id that is no number")
     return found

@@ -23,7 +23,8 @@ def status_lines(folder: RunFolder, *, queued: bool = False) -> Iterator[str]:
     Args:
         queued: whether a cluster has jobs of the run that will go on with it.
     """
-    config, (results, elapsed, peak) = folder.load_config(), folder.read()
+    config = folder.load_config()
+    results, elapsed, peak = folder.read(config.axes)
     searched = [r for r in results if r.phase is Phase.SEARCH]
     confirming = [r for r in results if r.phase is Phase.CONFIRM]
     yield f"{config.study}: {_state(folder, config, searched, confirming, queued)}"
