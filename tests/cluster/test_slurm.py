@@ -8,7 +8,7 @@ import pickletools
 import subprocess
 import sys
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -41,21 +41,25 @@ def build():
     return nn.Linear(3, 1)
 
 def loss(output, target):
-    time.sleep(PAUSE)
+    time.sleep(float(os.environ["PAUSE"]))
     return ((output - target) ** 2).mean()
 """
 
 
 @dataclass(frozen=True)
 class Study:
-    """A study that takes about half a minute of one worker."""
+    """A study of some 600 steps, of `pause` seconds each."""
 
     folder: Path
     run: Path
+    pause: float
 
     def recipefuzz(self, *arguments: str, code: int = 0) -> str:
         command = [sys.executable, "-m", "recipefuzz", *arguments]
-        done = subprocess.run(command, cwd=self.folder, capture_output=True, text=True, check=False, timeout=120)
+        env = os.environ | {"PAUSE": str(self.pause)}  # of which jobs get a copy
+        done = subprocess.run(
+            command, cwd=self.folder, env=env, capture_output=True, text=True, check=False, timeout=120
+        )
         assert done.returncode == code, done.stdout + done.stderr
         return done.stdout + done.stderr
 
@@ -94,8 +98,7 @@ def study(tmp_path: Path) -> Study:
 
 
 def write_study(folder: Path, pause: float = 0.02, diagnose: int = 0, **slurm: object) -> Study:
-    """A study; `pause` seconds a step, of explaining `diagnose` failures, too."""
-    (folder / "case.py").write_text(f"PAUSE = {pause}\n{CODE}")
+    (folder / "case.py").write_text(CODE)
     config = {
         "target": {"data": "case:load", "model": "case:build", "loss": "case:loss"},
         "space": {"lr": {"low": 1e-3, "high": 1, "log": True}},
@@ -109,7 +112,7 @@ def write_study(folder: Path, pause: float = 0.02, diagnose: int = 0, **slurm: o
         "run": {"engine": "sequential", "workers": 0, "launcher": "slurm", "slurm": {"time": "10m"} | slurm},
     }
     (folder / "study.yaml").write_text(yaml.safe_dump(config))
-    return Study(folder, folder / "runs" / "study")
+    return Study(folder, folder / "runs" / "study", pause)
 
 
 def test_workers_on_several_nodes_and_then_the_report(slurm: Slurm, tmp_path: Path) -> None:
@@ -154,7 +157,7 @@ def test_a_folder_that_others_can_write_is_not_unpickled_from(slurm: Slurm, tmp_
 
 
 def test_each_worker_has_a_gpu_for_itself(slurm: Slurm, tmp_path: Path) -> None:
-    study = write_study(tmp_path, workers=6, gpus=1)
+    study = write_study(tmp_path, pause=0.1, workers=6, gpus=1)
     study.submit()
     slurm.wait("all six work", lambda: len(study.came()) == 6 if (tmp_path / "came.txt").exists() else False)
     assert [job.state for job in alive(study.run).workers] == ["RUNNING"] * 6, "at the same time"
@@ -165,7 +168,7 @@ def test_each_worker_has_a_gpu_for_itself(slurm: Slurm, tmp_path: Path) -> None:
 
 
 def test_cancelled_in_the_middle_and_submitted_again(slurm: Slurm, study: Study) -> None:
-    array, finish = study.submit()
+    array, finish = replace(study, pause=0.2).submit()
     slurm.wait("some trials are done", lambda: study.finished() > 3)
     assert "--add gives it 3 more" in study.recipefuzz("submit", "study.yaml", code=2)
     said = study.recipefuzz("cancel", "study")
@@ -181,8 +184,9 @@ def test_cancelled_in_the_middle_and_submitted_again(slurm: Slurm, study: Study)
 
 
 def test_more_workers_for_a_run_that_has_some(slurm: Slurm, study: Study) -> None:
-    first, early = study.submit("--workers", "1")
-    second, late = study.submit("--add", "--workers", "2")
+    slow = replace(study, pause=0.06)
+    first, early = slow.submit("--workers", "1")
+    second, late = slow.submit("--add", "--workers", "2")
     slurm.wait_for_end()
     assert slurm.show(early)["JobState"] == "CANCELLED", "the report waits for all of them"
     assert slurm.show(late)["JobState"] == "COMPLETED"
@@ -201,7 +205,7 @@ def test_a_time_limit_is_not_the_end(slurm: Slurm, tmp_path: Path) -> None:
 
 
 def test_preempted_jobs_come_back_once(slurm: Slurm, study: Study) -> None:
-    array, _ = study.submit()
+    array, _ = replace(study, pause=0.06).submit()
     slurm.wait("some trials are done", lambda: study.finished() > 3)
     everything = ["--partition=urgent", "--nodes=3", "--exclusive", "--time=1", "--output=/dev/null"]
     slurm.run("sbatch", *everything, "--wrap=sleep 2")
