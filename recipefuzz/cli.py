@@ -6,13 +6,16 @@ import io
 import sys
 import traceback
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from recipefuzz.atomic import write_atomically
 from recipefuzz.errors import EXIT_BAD_ANSWER, EXIT_RUN_FAILED, InputError, Place, RecipefuzzError
 from recipefuzz.garbage import imports_kept
+
+if TYPE_CHECKING:
+    from recipefuzz.config import Config
 
 app = typer.Typer(
     help="Which training recipes are safe, and why the others fail: found by experiment.",
@@ -60,9 +63,13 @@ def search(
         from recipefuzz.report.terminal import console, summary
 
         study = load_config(config).but(trials=trials, workers=workers, folder=folder)
-        warm_up()
+        if study.run.launcher == "local":
+            warm_up()
         from recipefuzz.searching import search as run_search
 
+    if study.run.launcher != "local":
+        _submit(study.launched(), fresh=fresh, add=False)
+        return
     out = console()
     progress = Progress(out, study.axes.names)
     try:
@@ -81,6 +88,48 @@ def search(
 def _options(trials: int | None, workers: str | None, folder: Path | None) -> list[str]:
     given = (("--trials", trials), ("--workers", workers), ("--folder", folder))
     return [f"{name} {value}" for name, value in given if value is not None]
+
+
+@app.command()
+def submit(
+    config: ConfigPath,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the job scripts, and submit nothing.")] = False,
+    workers: Annotated[int | None, typer.Option(help="Jobs, of one worker each, instead of the config's.")] = None,
+    add: Annotated[bool, typer.Option("--add", help="More workers for a run whose jobs are still there.")] = False,
+    template: Annotated[Path | None, typer.Option(help="A job script for another scheduler than SLURM.")] = None,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Start anew; an existing run is put aside.")] = False,
+    folder: Annotated[Path | None, typer.Option(help="The run's folder, instead of runs/<study>.")] = None,
+) -> None:
+    """The same search as batch jobs of a cluster, which go on until nothing is left and then write the report."""
+    from recipefuzz.config import load_config
+
+    study = load_config(config).but(folder=folder).launched(workers=workers, template=template)
+    if not dry_run:
+        _submit(study, fresh=fresh, add=add)
+        return
+    from recipefuzz.launch.scripts import scripts
+
+    for script in scripts(study):
+        typer.echo(script)
+
+
+def _submit(study: Config, *, fresh: bool, add: bool) -> None:
+    from recipefuzz.launch.submitting import submit as submit_jobs
+    from recipefuzz.report.progress import Progress
+    from recipefuzz.report.terminal import console
+
+    for line in submit_jobs(study, fresh=fresh, add=add, listener=Progress(console(), study.axes.names)):
+        typer.echo(line)
+
+
+@app.command()
+def cancel(run: RunName) -> None:
+    """End the jobs of a run on the cluster. Everything finished is kept."""
+    from recipefuzz.launch.cancelling import end
+    from recipefuzz.run_folder import RunFolder
+
+    for line in end(RunFolder.find(run)):
+        typer.echo(line)
 
 
 @app.command("run")
@@ -249,13 +298,15 @@ def report(
 
 @app.command()
 def status(run: RunName) -> None:
-    """Counts by verdict, throughput, what is left of a run."""
+    """Counts by verdict, throughput, what is left of a run, its jobs on a cluster."""
+    from recipefuzz.launch.jobs import alive, job_lines
     from recipefuzz.report.status import status_lines
     from recipefuzz.report.terminal import console
     from recipefuzz.run_folder import RunFolder
 
     folder = RunFolder.find(run)
-    for line in status_lines(folder):
+    jobs = alive(folder.path)
+    for line in (*status_lines(folder, queued=bool(jobs.workers)), *job_lines(jobs)):
         console().print(line)
 
 

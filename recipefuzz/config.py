@@ -14,35 +14,20 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 from urllib.parse import parse_qs, urlsplit
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, ValidationError
+from pydantic import AfterValidator, BeforeValidator, Field, PrivateAttr, ValidationError
 
+from recipefuzz import job_config
 from recipefuzz.axes import parse_space, parse_values
 from recipefuzz.errors import InputError, Place, did_you_mean
+from recipefuzz.job_config import SlurmConfig, TemplateConfig
 from recipefuzz.recipe import Recipe, Scalar
+from recipefuzz.section import DURATION, Count, Duration, Section, Whole
 from recipefuzz.source import KeyPath, Source, dotted, read_yaml
 from recipefuzz.space import Range, Space
 
 Samplers = Literal["tpe", "random", "qmc", "grid", "gp", "cmaes"]
 STUDY_NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}"
 FILE = "file"  # a shared study in its run's folder
-UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
-
-
-def _seconds(value: object) -> object:
-    """Seconds of a duration such as 90, "90s", "10m", "2h" or "1d"."""
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
-        return value
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([smhd]?)\s*", str(value))
-    if match is None:
-        raise ValueError("not a duration")
-    return float(match[1]) * UNITS[match[2] or "s"]
-
-
-def _number(value: object) -> object:
-    """Python, and pydantic with it, takes true for 1."""
-    if isinstance(value, bool):
-        raise ValueError("not a number")
-    return value
 
 
 def _workers(value: object) -> object:
@@ -50,6 +35,13 @@ def _workers(value: object) -> object:
     if value != "auto" and not 0 <= number <= 1024:
         raise ValueError("not a number of processes")
     return value if value == "auto" else number
+
+
+def _device(value: str) -> str:
+    """Whether it is there is another question: the config may be read on another machine."""
+    if not re.fullmatch(r"auto|cpu|mps|cuda(:[0-9]{1,4})?", value):
+        raise ValueError("not a device")
+    return value
 
 
 def _plain(values: dict[str, Any]) -> dict[str, Any]:
@@ -90,18 +82,11 @@ def _storage(url: str) -> str:
     return url
 
 
-Duration = Annotated[float, BeforeValidator(_seconds), Field(gt=0, allow_inf_nan=False)]
-Whole = Annotated[int, BeforeValidator(_number), Field(ge=0, lt=2**31)]
-Count = Annotated[int, BeforeValidator(_number), Field(ge=1, lt=2**31)]
 FilePath = Annotated[str, AfterValidator(_file_path)]
 Arguments = Annotated[dict[str, Any], AfterValidator(_plain)]
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=False)
-
-
-class TargetConfig(_Section):
+class TargetConfig(Section):
     """What is trained."""
 
     data: str
@@ -116,14 +101,14 @@ def _rung(value: object) -> object:
     return {"model": value} if isinstance(value, str) else value
 
 
-class RungConfig(_Section):
+class RungConfig(Section):
     """One model of the ladder; data and loss are those of the target."""
 
     model: str
     model_args: Arguments = {}
 
 
-class TrialConfig(_Section):
+class TrialConfig(Section):
     """One short run."""
 
     steps: Annotated[Count, Field(ge=20)] = 300
@@ -133,14 +118,14 @@ class TrialConfig(_Section):
     timeout: Duration | None = None
 
 
-class ConfirmConfig(_Section):
+class ConfirmConfig(Section):
     """Fresh seeds for the best candidates."""
 
     top: Whole = 10
     seeds: Count = 5
 
 
-class SearchConfig(_Section):
+class SearchConfig(Section):
     """How the space is searched. `trials` is the total across restarts, `time` that of all of them together.
 
     `diagnose` kinds of failure, the most frequent ones, are explained at the end.
@@ -157,15 +142,18 @@ class SearchConfig(_Section):
     diagnose: Annotated[Whole, Field(le=100)] = 3
 
 
-class RunConfig(_Section):
+class RunConfig(Section):
     """Where it runs. Nothing here changes a result, but for the rounding of another device.
 
     `storage` is where a study that many workers share is kept: `file`, in the run's folder, whose writers are kept
     apart by `lock`, or a database. Without it one process has the study for itself. A worker that is silent for
     `lease` seconds loses its trials to the others; a trial that has lost `retries` workers is an error.
+
+    With `launcher: slurm`, `recipefuzz search` submits a job array as `recipefuzz submit` does; `workers` are the
+    processes of each job.
     """
 
-    device: str = "auto"
+    device: Annotated[str, AfterValidator(_device)] = "auto"
     engine: Literal["auto", "sequential", "fused"] = "auto"
     workers: Annotated[Literal["auto"] | int, BeforeValidator(_workers)] = "auto"
     folder: FilePath | None = None
@@ -173,9 +161,12 @@ class RunConfig(_Section):
     lock: Literal["kernel", "file"] = "kernel"
     lease: Duration = 60.0
     retries: Count = 3
+    launcher: Literal["local", "slurm", "template"] = "local"
+    slurm: SlurmConfig = SlurmConfig()
+    template: TemplateConfig = TemplateConfig()
 
 
-class Config(_Section):
+class Config(Section):
     """A whole study. Without a name it is called like its file; `base` is where import paths are looked up first.
 
     `ladder` holds models from the simplest to the real one. `reference` is a file of right outputs that
@@ -233,21 +224,44 @@ class Config(_Section):
         }
         return self.recipe_of(middle)
 
+    @property
+    def template_path(self) -> Path | None:
+        return (self.folder / self.run.template.file).resolve() if self.run.template.file else None
+
     def but(self, *, trials: int | None = None, workers: str | None = None, folder: Path | None = None) -> Config:
         """This config with what the command line says instead.
 
         Raises:
             InputError: a value that the config would not take.
         """
+        options = {("search", "trials"): trials, ("run", "workers"): workers, ("run", "folder"): folder}
+        return self._with({path: value for path, value in options.items() if value is not None})
+
+    def launched(self, *, workers: int | None = None, template: Path | None = None) -> Config:
+        """This config with what the command line of `recipefuzz submit` says instead: it is no local run any more.
+
+        Raises:
+            InputError: a value that the config would not take.
+        """
+        launcher = "slurm" if self.run.launcher == "local" else self.run.launcher
+        changes: dict[KeyPath, Any] = {("run", "launcher"): launcher, ("run", "storage"): self.run.storage or FILE}
+        if template is not None:
+            changes |= {("run", "launcher"): "template", ("run", "template", "file"): template.resolve()}
+        if workers is not None:
+            changes["run", str(changes["run", "launcher"]), "workers"] = workers
+        return self._with(changes)
+
+    def _with(self, changes: Mapping[KeyPath, Any]) -> Config:
         data = self.model_dump(mode="json")
-        changes = {("search", "trials"): trials, ("run", "workers"): workers, ("run", "folder"): folder}
-        for (section, key), value in changes.items():
-            if value is not None:
-                data[section][key] = str(value) if isinstance(value, Path) else value
+        for path, value in changes.items():
+            section: Any = data
+            for key in path[:-1]:
+                section = section[key]
+            section[path[-1]] = str(value) if isinstance(value, Path) else value
         try:
             return parse_config(data, self._source)
         except InputError as error:
-            option = next((key for (section, key) in changes if error.place.key == f"{section}.{key}"), "")
+            option = next((path[-1] for path in changes if error.place.key == dotted(path)), "")
             if not option:
                 raise
             place = Place(key=f"--{option}")  # not the file's fault
@@ -365,8 +379,7 @@ def _known_keys(path: KeyPath) -> list[str]:
 
 
 ARGUMENTS = "keyword arguments: finite numbers, words, lists and mappings of them"
-DURATION = "seconds, or a number with s, m, h or d: 90, 10m, 2h"
-MEANING = {
+MEANING = job_config.MEANING | {
     "study": "a name for the run's folder: letters, digits, dots and dashes",
     "target": "what is trained: {data: digits, model: mlp, loss: cross_entropy}",
     "target.data": 'a built-in data set, or "module:load"',
@@ -386,6 +399,7 @@ MEANING = {
     "search.sampler": ", ".join(get_args(Samplers)),
     "search.time": DURATION,
     "trial.timeout": DURATION,
+    "run.device": "auto, cpu, cuda, cuda:0, ... or mps",
     "run.workers": "auto, or a number of processes up to 1024 (0: train in this one)",
     "run.engine": "auto, sequential or fused",
     "run.storage": "for many workers: file, in the run's folder, or postgresql://user@host/database; "

@@ -56,23 +56,8 @@ def search(
     """
     config = as_config(config)
     listener = listener or Silent()
-    if not config.space:
-        raise InputError(
-            "nothing to search: the config has no space",
-            place=config.source.place("space"),
-            expected="at least one axis, such as space: {lr: {low: 1e-5, high: 10, log: true}}",
-        )
-    pick_device(config)  # first of all: whether the device is there,
-    total(config.search, config.axes)  # and whether a grid is too large
-    task = resolve(config)
-    if abs(rehearse(task, config)) < evidence.TINY:
-        raise InputError(
-            "a constant prediction already has loss 0: skill, which counts from it, can't be measured",
-            place=config.source.place("target", "loss"),
-            fix="look whether all training targets are the same, or add a constant to the loss",
-        )
-    if not checked:
-        _check(config, task, listener)
+    pick_device(config)  # first of all: whether the device is there
+    task = ready(config, listener, checked=checked)
     folder = RunFolder.of(config)
     if folder.is_shared(config):
         return search_shared(config, task, folder, listener, fresh=fresh)
@@ -86,6 +71,34 @@ def search(
                 report(folder, config, study.results, study.peak)
             raise
         return report(folder, config, study.results, study.peak)
+
+
+def ready(config: Config, listener: Listener, *, checked: bool = False) -> Task:
+    """What a search looks at before it trains.
+
+    Args:
+        checked: the cheap preflight checks were made already.
+
+    Raises:
+        InputError: what is wrong with the config or the user's code.
+    """
+    if not config.space:
+        raise InputError(
+            "nothing to search: the config has no space",
+            place=config.source.place("space"),
+            expected="at least one axis, such as space: {lr: {low: 1e-5, high: 10, log: true}}",
+        )
+    total(config.search, config.axes)  # whether a grid is too large
+    task = resolve(config)
+    if abs(rehearse(task, config)) < evidence.TINY:
+        raise InputError(
+            "a constant prediction already has loss 0: skill, which counts from it, can't be measured",
+            place=config.source.place("target", "loss"),
+            fix="look whether all training targets are the same, or add a constant to the loss",
+        )
+    if not checked:
+        _check(config, task, listener)
+    return task
 
 
 def _check(config: Config, task: Task, listener: Listener) -> None:

@@ -212,7 +212,7 @@ TARGET
 run: {worker: 2}
 ~~~
 FILE:2: run.worker: unknown key 'worker'
-  expected: device, engine, workers, folder, storage, lock, lease, retries
+  expected: device, engine, workers, folder, storage, lock, lease, retries, launcher, slurm, template
   fix:      did you mean 'workers'?
 === unknown range key
 TARGET
@@ -390,6 +390,115 @@ run: {engine: fast}
 FILE:2: run.engine: input should be 'auto', 'sequential' or 'fused'
   found:    fast
   expected: auto, sequential or fused
+=== launcher
+TARGET
+run: {launcher: pbs}
+~~~
+FILE:2: run.launcher: input should be 'local', 'slurm' or 'template'
+  found:    pbs
+  expected: local, slurm or template
+=== device
+TARGET
+run: {device: gpu}
+~~~
+FILE:2: run.device: not a device
+  found:    gpu
+  expected: auto, cpu, cuda, cuda:0, ... or mps
+=== unknown slurm
+TARGET
+run:
+  slurm: {partitoin: main}
+~~~
+FILE:3: run.slurm.partitoin: unknown key 'partitoin'
+  expected: workers, time, memory, cpus, gpus, parallel, partition, account, qos, grace, sbatch, setup
+  fix:      did you mean 'partition'?
+=== slurm no workers
+TARGET
+run: {slurm: {workers: 0}}
+~~~
+FILE:2: run.slurm.workers: input should be greater than or equal to 1
+  found:    0
+  expected: an integer, 1 or more: jobs, of one worker each
+=== slurm memory
+TARGET
+run: {slurm: {memory: 8 GB}}
+~~~
+FILE:2: run.slurm.memory: not an amount of memory
+  found:    8 GB
+  expected: a number with K, M, G or T, such as 8G: of one job; null: what the cluster gives
+=== slurm partition with a line of its own
+TARGET
+run: {slurm: {partition: "main\\n#SBATCH --uid=0"}}
+~~~
+FILE:2: run.slurm.partition: not a name
+  found:    'main\\n#SBATCH --uid=0'
+  expected: a partition of the cluster, or several with commas between
+=== slurm account that is an option
+TARGET
+run: {slurm: {account: --wrap=id}}
+~~~
+FILE:2: run.slurm.account: not a name
+  found:    --wrap=id
+  expected: an account of the cluster
+=== slurm grace
+TARGET
+run:
+  slurm:
+    time: 5m
+    grace: 5m
+~~~
+FILE:5: run.slurm.grace: too close to run.slurm.time
+  found:    5m
+  expected: seconds, or a number with s, m, h or d: 90, 10m, 2h: what a worker has for leaving before its time is up; a minute less than time, at least
+=== slurm time below the default grace
+TARGET
+run: {slurm: {time: 90}}
+~~~
+FILE:2: run.slurm.grace: too close to run.slurm.time
+  found:    60.0
+  expected: seconds, or a number with s, m, h or d: 90, 10m, 2h: what a worker has for leaving before its time is up; a minute less than time, at least
+=== slurm option in its short form
+TARGET
+run: {slurm: {sbatch: [-C a100]}}
+~~~
+FILE:2: run.slurm.sbatch[0]: not an option of sbatch
+  found:    -C a100
+  expected: other options, in their long form: [--constraint=a100, --exclusive]
+=== slurm option with a line of its own
+TARGET
+run: {slurm: {sbatch: [--exclusive, "--comment=a\\nrm -rf ~"]}}
+~~~
+FILE:2: run.slurm.sbatch[1]: not an option of sbatch
+  found:    '--comment=a\\nrm -rf ~'
+  expected: other options, in their long form: [--constraint=a100, --exclusive]
+=== slurm option that has a key
+TARGET
+run: {slurm: {sbatch: [--partition=main]}}
+~~~
+FILE:2: run.slurm.sbatch[0]: this has a key of its own in run.slurm
+  found:    --partition=main
+  expected: other options, in their long form: [--constraint=a100, --exclusive]
+=== slurm option that is ours
+TARGET
+run: {slurm: {sbatch: [--array=0-999]}}
+~~~
+FILE:2: run.slurm.sbatch[0]: recipefuzz sets this option itself
+  found:    --array=0-999
+  expected: other options, in their long form: [--constraint=a100, --exclusive]
+=== slurm setup that is no list
+TARGET
+run: {slurm: {setup: "module load cuda"}}
+~~~
+FILE:2: run.slurm.setup: a list belongs here
+  found:    module load cuda
+  expected: lines of shell to run before the worker: [module load cuda]
+=== template command
+TARGET
+run: {template: {submit: qsub}}
+~~~
+FILE:2: run.template.submit: no {script} in it
+  found:    qsub
+  expected: the command that submits it, such as qsub {script}
 === duration word
 TARGET
 search: {time: 10 minutes}
@@ -968,6 +1077,30 @@ def test_defaults(tmp_path):
             "lock": "kernel",
             "lease": 60.0,
             "retries": 3,
+            "launcher": "local",
+            "slurm": {
+                "workers": 4,
+                "time": 3600.0,
+                "memory": None,
+                "cpus": 1,
+                "gpus": 0,
+                "parallel": None,
+                "partition": None,
+                "account": None,
+                "qos": None,
+                "grace": 60.0,
+                "sbatch": [],
+                "setup": [],
+            },
+            "template": {
+                "workers": 4,
+                "time": 3600.0,
+                "memory": None,
+                "cpus": 1,
+                "gpus": 0,
+                "file": None,
+                "submit": "qsub {script}",
+            },
         },
         "ladder": [],
         "base": str(tmp_path),

@@ -21,7 +21,20 @@ PACKAGE = ROOT / "recipefuzz"
 LAYERS = (
     ("errors", "garbage"),
     ("recipe", "space", "trace", "atomic", "records", "peak"),
-    ("evidence", "verdict", "result", "finding", "diagnosis", "ranking", "source", "axes", "config", "narrowing"),
+    (
+        "evidence",
+        "verdict",
+        "result",
+        "finding",
+        "diagnosis",
+        "ranking",
+        "source",
+        "axes",
+        "section",
+        "job_config",
+        "config",
+        "narrowing",
+    ),
     ("targets/",),
     (
         "engines/",
@@ -31,6 +44,7 @@ LAYERS = (
     ),
     ("diagnose/", "checks/"),
     ("listening", "stopping", "diagnosing", "checking", "searched", "working", "searching", "laddering", "judging"),
+    ("launch/",),
     ("cli", "__init__", "__main__"),
 )
 PURE = 3  # layers from below that know neither torch nor optuna: their rules are tested in milliseconds
@@ -39,8 +53,9 @@ HOMES = {
     "optuna": {"cma_sampler", "sampling", "trial_log", "store", "board", "sharing", "locks"},
     "pandas": {"report/", "ranking", "judging", "searched"},
     "subprocess": {"targets/command", "launch/"},
-    "pydantic": {"config"},
+    "pydantic": {"section", "job_config", "config"},
     "yaml": {"source"},
+    "submitit": {"launch/"},
     "psycopg": {"database"},
     "typer": {"cli"},
     "rich": {"report/", "cli"},

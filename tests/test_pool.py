@@ -566,3 +566,10 @@ def test_devices_that_are_not_there(write_study, monkeypatch, device, problem, s
         select.pick_device(config)
     assert shown in str(caught.value)
     assert select.pick_device(write_study()) == "cpu"
+
+
+@pytest.mark.parametrize(("given", "cores"), [("", 8), ("2", 2), ("64", 8), ("0", 1), ("many", 8)])
+def test_a_job_of_slurm_s_has_the_cores_that_it_asked_for(monkeypatch, given, cores):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(8), raising=False)
+    monkeypatch.setenv("SLURM_CPUS_PER_TASK", given)
+    assert pool.cores() == cores

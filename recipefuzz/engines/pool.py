@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import os
+import re
 import signal
 import time
 from collections import deque
@@ -304,7 +305,10 @@ def warm_up(folder: Path | None = None) -> None:
 
 
 def cores() -> int:
-    """Cores this process may use: fewer than the machine's under SLURM, taskset or a container."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+    """Cores this process may use: fewer than the machine's under taskset, in a container or in a job of SLURM's.
+
+    Not every cluster binds a job to its cores, but SLURM says how many they are.
+    """
+    there = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    given = os.environ.get("SLURM_CPUS_PER_TASK", "")
+    return min(there, max(1, int(given))) if re.fullmatch("[0-9]{1,6}", given) else there
