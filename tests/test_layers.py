@@ -20,7 +20,7 @@ PACKAGE = ROOT / "recipefuzz"
 # order, only no cycle.
 LAYERS = (
     ("errors", "garbage"),
-    ("recipe", "space", "trace", "atomic", "records", "peak"),
+    ("recipe", "space", "trace", "atomic", "records", "peak", "stopping"),
     (
         "evidence",
         "verdict",
@@ -43,7 +43,7 @@ LAYERS = (
         *("run_folder", "rung", "report/", "template"),
     ),
     ("diagnose/", "checks/"),
-    ("listening", "stopping", "diagnosing", "checking", "searched", "working", "searching", "laddering", "judging"),
+    ("listening", "diagnosing", "checking", "searched", "working", "searching", "laddering", "judging"),
     ("launch/",),
     ("cli", "__init__", "__main__"),
 )
