@@ -146,7 +146,7 @@ class RunFolder:
         self._refuse_other_folders(config)
         if fresh:
             self._put_aside(config)
-        self._make()
+        self._make(self.path)
         if config.database is None and Lock(config.run.lock) is Lock.KERNEL:
             require_reach(self.path)
         log = self.log(config, write=True)
@@ -154,6 +154,8 @@ class RunFolder:
             study = SharedStudy(log, config, identity(config, code), worker)
             self._compare(study.meta, identity(config, code))
             self._write_config(config)
+            if config.database is None:
+                self._make(self.path / BEATS)  # by which a search knows that it does not have the run for itself
         except BaseException:
             log.close()
             raise
@@ -176,7 +178,7 @@ class RunFolder:
         self._refuse_other_folders(config)
         if fresh:
             self._put_aside(config)
-        self._make()
+        self._make(self.path)
         store = Store(self.journal, write=True)
         try:
             if old := store.meta():
@@ -209,13 +211,13 @@ class RunFolder:
                 fix="give another one with --folder or run.folder, or another study name",
             )
 
-    def _make(self) -> None:
+    def _make(self, path: Path) -> None:
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
+            path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise RunFailedError(
                 f"can't make the run's folder: {error.strerror}",
-                place=Place(str(self.path)),
+                place=Place(str(path)),
                 fix="run.folder in the config, or --folder, names another place",
             ) from error
 
