@@ -190,7 +190,12 @@ class Beats:
 def beats(open_log: Open) -> Beats:
     with contextlib.closing(open_log()) as log:
         names = [f"w{n}" for n in range(1000)]
-        writes = [seconds(lambda name=name: log.beat(name, "0", {"host": "node17", "holds": 3})) for name in names]
+
+        def beat(name: str) -> None:
+            log.beat(name, "0", {"host": "node17", "holds": 3})
+            log.close()  # as `leases.Heart` does
+
+        writes = [seconds(lambda name=name: beat(name)) for name in names]
         reads = [seconds(lambda at=at: log.beats(names[at : at + WATCHED])) for at in range(0, 900, 9)]
     return Beats(statistics.median(writes), statistics.median(reads))
 
