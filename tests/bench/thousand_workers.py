@@ -8,6 +8,7 @@ and the real PostgreSQL, through the code that workers run: two alternate, so th
 act for all in turn; a third reads afterwards what came in a thousand turns. Of each turn is measured how long it had
 the log for itself (`alone`: wall time, the lower quartile, which other work on the machine touches least), and what it
 cost the worker beside that, while others had their turns (processor time; a sync of the file: wall time, the median).
+The database syncs before it lets the next one in: most of its `alone` is the disk's time, and grows with the disk's work.
 
 How 1,000 workers with these times wait for each other is then simulated (`queueing`), with trials of 1, 10 and 60 s on
 average. So it is the log that is real, and the crowd, its machines and its network that are not: a network adds so
