@@ -1,9 +1,9 @@
 """The log of a study in PostgreSQL: a row a batch.
 
-Optuna's own `RDBStorage` makes some twenty statements of each trial and holds no batches together; as a log, with one
-statement a turn, a trial costs a fraction of that (`tests/bench/storages.py`), and the format stays the one that
-`optuna.storages.JournalStorage` reads. Turns are kept apart by an advisory lock, which the server lets go of when its
-holder's connection is gone.
+Optuna's own `RDBStorage` makes some twenty statements of each trial and holds no batches together; as a log, with two
+messages to the server a turn, a trial costs a fraction of that (`tests/bench/storages.py`), and the format stays the
+one that `optuna.storages.JournalStorage` reads. Turns are kept apart by an advisory lock, which the server lets go of
+when its holder's connection is gone.
 
 libpq finds the password: in PGPASSWORD, in the file that PGPASSFILE names, in ~/.pgpass or in a service file. It is
 never in the config, hence in none of the files that are written.
@@ -230,6 +230,6 @@ def _driver() -> Any:
         raise InputError(
             "a study in PostgreSQL needs its driver",
             place=Place(key="run.storage"),
-            fix="pip install 'psycopg[binary]'",
+            fix="pip install 'recipefuzz[postgres]'",
         ) from error
     return psycopg

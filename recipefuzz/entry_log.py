@@ -176,4 +176,4 @@ class EntryLog(ABC):
 
     @abstractmethod
     def close(self) -> None:
-        """Let go of the log."""
+        """Let go of the log. A sign of life opens it again, as does a turn at a shared one."""

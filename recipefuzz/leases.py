@@ -87,6 +87,7 @@ class Heart:
     def _beat(self, beats: int) -> None:
         self._log.beat(self._worker, str(beats), self._about)
         self._arrived += 1
+        self._log.close()  # until the next one: connections to a database are few
 
     def stop(self) -> None:
         """Leave: others need not wait for the lease to lapse."""

@@ -80,7 +80,7 @@ def simulate(service: Service, workers: int, mean: float, *, batches: bool, cycl
         inside = max(0.0, min(left + spent, horizon) - max(left, start))
         trained += inside
         trials += done * inside / spent
-        turns += left > start
+        turns += start < left <= horizon
     span = horizon - start
     return Found(trained / (workers * span), trials / span, turns / span)
 
