@@ -9,8 +9,8 @@ it doesn't know of what others ask while this worker waits, as if they had asked
 
 A worker whose lease has lapsed (`leases`) loses its trials to the others. If it was only slow, its result still counts
 where none has come meanwhile: a trial is a pure function, whoever runs it; where one has, its own is dropped. A trial
-that has lost two workers is run with nothing beside it, so that it alone is to blame for what happens then; after
-`run.retries` workers it is an error.
+that has lost two workers, or all but one of the `run.retries` after which it is an error, is run with nothing beside
+it, so that it alone is to blame for what happens then.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from recipefuzz.result import Phase, TrialResult, check_values
 from recipefuzz.sampling import BlockTPE, Seen, at_random, distribution, mixed_seed, sampler, total
 from recipefuzz.trial_log import ELAPSED, META, PEAK, RESULT, TrialLog
 
-ALONE = 2  # workers that a trial has lost when it is run with nothing beside it
+ALONE = 2  # workers that a trial has lost, at most, when it is run with nothing beside it
 SHARE = 2  # who asks gets one part in so many of an equal share of what is left: at the end nobody waits for long
 
 
@@ -218,14 +218,13 @@ class SharedStudy:
                 self._seen.tell(result.trial, result)
 
     def _record(self, results: Iterable[TrialResult], elapsed: float, peak: Peak | None) -> None:
-        last = None
-        for result in results:
-            item = self._board.of(result)
-            if item.result is None and (item.holder == self.worker or not result.error):
-                self._finish(item, result)
-                last = item
-        if last is not None and elapsed > self.seconds:
-            self._entries.attribute(last.id, ELAPSED, round(elapsed, 3))
+        of_items = [(self._board.of(result), result) for result in results]
+        new = [(i, r) for i, r in of_items if i.result is None and (i.holder == self.worker or not r.error)]
+        searched = [item for item, _ in new if item.phase is Phase.SEARCH]
+        if searched and elapsed > self.seconds:  # before it is told: to a finished trial Optuna lets nobody add
+            self._entries.attribute(searched[-1].id, ELAPSED, round(elapsed, 3))
+        for item, result in new:
+            self._finish(item, result)
         if peak is not None and (larger := self.peak.over(peak)) != self.peak:
             self._entries.study_attribute(PEAK, vars(larger))
 
@@ -256,18 +255,22 @@ class SharedStudy:
 
     def _take(self, most: int, least: int, late: bool, drafts: list[dict[str, Scalar]]) -> list[Item]:
         held = self._held()
-        if any(item.lost >= ALONE for item in held):
+        if any(self._is_suspect(item) for item in held):
             return []
         free = self._board.held.get("", {}).values()
-        if not held and (suspect := next((item for item in free if item.lost >= ALONE), None)):
+        if not held and (suspect := next(filter(self._is_suspect, free), None)):
             return self._claim([suspect])
-        taken = self._claim([item for item in free if item.lost < ALONE][:most])
+        taken = self._claim([item for item in free if not self._is_suspect(item)][:most])
         if not late and self._unasked > 0:
             taken += self._ask(self._to_ask(most - len(taken), least - len(taken)), drafts)
         elif len(taken) < most and self._is_searched(late):
             jobs = [job for job in self.wanted() if job not in self._board.confirm]
             taken += self._confirm(jobs[: min(most - len(taken), self._share(len(jobs)))])
         return taken
+
+    def _is_suspect(self, item: Item) -> bool:
+        """Whether it is to be run with nothing beside it: before it is an error, it was, unless one loss is enough."""
+        return item.lost >= min(ALONE, max(1, self._config.run.retries - 1))
 
     @property
     def _unasked(self) -> int:

@@ -256,6 +256,23 @@ def test_retries(tmp_path, retries):
     check(path, config, errors=1)
 
 
+@pytest.mark.parametrize("retries", [2, 3, 4])
+def test_neighbours_are_not_to_blame_however_few_retries_there_are(tmp_path, retries):
+    path, config = tmp_path / "study.journal", study_config(16, top=0, retries=retries)
+    gone: set[str] = set()
+    while not (worker := Worker(path, config, f"w{len(gone)}", most=4)).over:
+        while not worker.over:
+            worker.turn(0, gone)
+            if any(item.trial == 0 for item in worker.held):
+                gone.add(worker.name)
+                break
+            worker.turn(len(worker.held), gone)
+        if worker.over:
+            break
+    assert len(gone) == retries
+    check(path, config, errors=1)
+
+
 def test_what_is_given_back_is_taken_at_once_and_counts_as_no_loss(tmp_path):
     path, config = tmp_path / "study.journal", study_config(6, retries=1)
     leaving = Worker(path, config, "leaving")
@@ -297,6 +314,21 @@ def test_without_time_nothing_new_is_asked_and_the_best_are_confirmed(tmp_path):
     assert {r.phase for r in results[-2:]} == {Phase.CONFIRM}
     assert len(results) == 12
     assert SharedStudy(shared(path), config, META, "b").seconds == 12.5
+
+
+def test_the_time_of_the_search_alone_is_kept_and_optuna_reads_it_too(tmp_path):
+    path, config = tmp_path / "study.journal", study_config(4, top=1, seeds=2)
+    study, held, elapsed = SharedStudy(shared(path), config, META, "a"), [], 0.0
+    while True:
+        elapsed += 10.0
+        turn = study.turn([trained(config, i) for i in held], most=4, least=4, elapsed=elapsed)
+        if turn.over:
+            break
+        if {item.phase for item in held} == {Phase.SEARCH}:
+            searched = elapsed
+        held = turn.taken
+    assert elapsed > searched
+    assert study.seconds == Store(path, write=False).seconds() == searched
 
 
 def test_a_run_of_one_process_is_gone_on_with_by_many(tmp_path):
