@@ -198,9 +198,7 @@ class DatabaseLog(EntryLog):
             wanted = None if workers is None else list(workers)
             return self._connect().execute(query, (self._study, wanted, wanted)).fetchall()
 
-        return {
-            worker: Beat(mark, json.loads(about), float(silent)) for worker, mark, about, silent in self._again(rows)
-        }
+        return {worker: Beat(mark, _about(text), float(silent)) for worker, mark, text, silent in self._again(rows)}
 
     def put_aside(self) -> None:
         """Give the study another name, so that a new one can have this."""
@@ -221,6 +219,14 @@ class DatabaseLog(EntryLog):
         if self._connection is not None:
             with contextlib.suppress(self._psycopg.Error):
                 self._connection.close()
+
+
+def _about(text: str) -> dict[str, Any]:
+    """Somebody else may have written it: then nothing is known of that worker."""
+    try:
+        return dict(json.loads(text))
+    except (ValueError, TypeError, RecursionError):
+        return {}
 
 
 def _driver() -> Any:

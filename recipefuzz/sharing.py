@@ -31,6 +31,7 @@ from recipefuzz.entry_log import Cursor, EntryLog, TurnLostError, replayed
 from recipefuzz.peak import Peak
 from recipefuzz.ranking import candidates
 from recipefuzz.recipe import Scalar
+from recipefuzz.records import read_record
 from recipefuzz.result import Phase, TrialResult, check_values
 from recipefuzz.sampling import BlockTPE, Seen, at_random, distribution, mixed_seed, sampler, total
 from recipefuzz.trial_log import ELAPSED, META, PEAK, RESULT, TrialLog
@@ -115,7 +116,8 @@ class SharedStudy:
     @property
     def meta(self) -> dict[str, Any]:
         """What the study was made with."""
-        return dict(self._board.attributes[META])
+        with replayed(self._log.name):
+            return dict(self._board.attributes[META])
 
     @property
     def total(self) -> int:
@@ -134,7 +136,8 @@ class SharedStudy:
     @property
     def peak(self) -> Peak:
         """Memory that the run took, over all its workers."""
-        return Peak(**self._board.attributes.get(PEAK, {}))
+        with replayed(self._log.name):
+            return read_record(Peak, self._board.attributes.get(PEAK, {}))
 
     @property
     def holders(self) -> set[str]:

@@ -28,7 +28,9 @@ from recipefuzz.journal import Journal
 from recipefuzz.leases import Watch
 from recipefuzz.locks import Lock, _mount_options, is_held
 from recipefuzz.ranking import candidates
+from recipefuzz.report.status import status_lines
 from recipefuzz.result import Phase, TrialResult
+from recipefuzz.run_folder import RunFolder
 from recipefuzz.sampling import distribution, objective
 from recipefuzz.sharing import ALONE, SharedStudy
 from recipefuzz.stopping import Stop
@@ -402,6 +404,15 @@ def test_another_study_under_the_same_name_is_seen(tmp_path):
         '{"op_code":4,"study_id":9}',
         '{"op_code":8,"trial_id":99,"user_attr":{"holder":["a",0]}}',
         '{"op_code":8,"trial_id":0,"user_attr":{"holder":7}}',
+        '{"op_code":8,"trial_id":0,"user_attr":{"holder":[7,0]}}',
+        '{"op_code":8,"trial_id":0,"user_attr":{"holder":["../diagnoses",0]}}',
+        '{"op_code":8,"trial_id":0,"user_attr":{"holder":["/etc/passwd",0]}}',
+        '{"op_code":8,"trial_id":0,"user_attr":{"holder":["a\\u0000",0]}}',
+        '{"op_code":8,"trial_id":0,"user_attr":{"holder":["a",-1]}}',
+        '{"op_code":8,"trial_id":0,"user_attr":{"holder":["a","many"]}}',
+        '{"op_code":8,"trial_id":0,"user_attr":{"elapsed":1e999}}',
+        '{"op_code":2,"study_id":0,"user_attr":{"recipefuzz":[1]}}',
+        '{"op_code":2,"study_id":0,"user_attr":{"peak_memory":{"search":"much"}}}',
         '{"op_code":8,"trial_id":0,"user_attr":{"result":{"phase":"x"}}}',
         '{"op_code":8,"trial_id":0,"user_attr":{"result":{"trial":1,"phase":"search","seed":0,"values":{},"error":"x"}}}',
         '{"op_code":8,"trial_id":0,"user_attr":{"result":{"trial":0,"phase":"search","seed":0,"values":{"lr":99},"error":"x"}}}',
@@ -414,7 +425,7 @@ def test_entries_that_make_no_sense_are_one_plain_error(tmp_path, entry):
     with path.open("a") as file:
         file.write(f'{entry[:-1]},"end":true}}\n')
     with pytest.raises(InputError, match="the run's journal can't be replayed"):
-        Worker(path, config, "b")
+        _ = (study := SharedStudy(shared(path), config, META, "b")).meta, study.peak
 
 
 def test_optuna_reads_the_same_recipes_values_and_axes(tmp_path):
@@ -643,6 +654,17 @@ def test_signs_of_life(tmp_path):
     log.beat("a", "", None)
     log.beat("a", "", None)
     assert list(log.beats()) == ["b"]
+
+
+def test_no_terminal_obeys_what_workers_tell_of_themselves(tmp_path):
+    config = study_config().but(folder=tmp_path / "run")
+    folder = RunFolder.of(config)
+    folder.share(config, {}, "a").log.close()
+    log, about = shared(folder.journal), {"node": "\x1b]0;n1\x07", "gpus": ["\x9b2J", 2], "since": None}
+    log.beat("b\x1b[2J\n", "0", about)
+    text = "".join(status_lines(folder))
+    assert "n1" in text
+    assert text.isprintable()
 
 
 @pytest.mark.parametrize(
