@@ -16,11 +16,14 @@ import pytest
 from postgres import Server
 from shared_runs import Process, SharedRun, key, kill_group, shared_run, until
 
+from recipefuzz.config import parse_config
 from recipefuzz.database import DatabaseLog
 from recipefuzz.entry_log import Cursor, TurnLostError
-from recipefuzz.errors import InputError
+from recipefuzz.errors import InputError, RunFailedError
 from recipefuzz.journal import Journal
 from recipefuzz.locks import Lock, is_held
+from recipefuzz.result import TrialResult
+from recipefuzz.sharing import SharedStudy
 
 pytestmark = pytest.mark.slow
 
@@ -407,6 +410,33 @@ def test_another_run_in_its_place(tmp_path: Path) -> None:
         assert "another run" in said
         assert (old / "study.journal").read_bytes() == before
         assert not run.finished()
+
+
+@pytest.mark.parametrize("trials", [0, 1, 20])
+def test_another_run_in_its_place_in_the_database(database: str, trials: int) -> None:
+    config = parse_config(
+        {
+            "target": {"data": "digits", "model": "mlp"},
+            "space": {"lr": {"low": 1e-4, "high": 10, "log": True}},
+            "search": {"sampler": "random"},
+        }
+    )
+    old, aside, new = (DatabaseLog(database, "study", write=True) for _ in range(3))
+    study = SharedStudy(old, config, {}, "old")
+    (item, *_) = study.turn(most=6, least=6).taken
+    aside.put_aside()
+    other = SharedStudy(new, config, {}, "new") if trials else None
+    for _ in range(trials):
+        assert other is not None
+        assert other.turn(most=1, least=1).taken
+    late = TrialResult(item.trial, item.phase, item.seed, config.recipe_of(item.values).values(), error="x")
+    with pytest.raises(RunFailedError, match="another run is there now"):
+        study.turn([late])
+    with pytest.raises(RunFailedError, match="another run is there now"):
+        study.look()
+    assert not SharedStudy(aside, config, {}, "newer").results
+    for log in (old, aside, new):
+        log.close()
 
 
 @pytest.mark.parametrize("hours", [-1, 1])
