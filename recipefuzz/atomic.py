@@ -1,10 +1,13 @@
-"""Files that are either whole or not there: a temporary file beside them, synced, then renamed."""
+"""Files that are either whole or not there: a temporary file beside them, synced, then renamed.
+
+Who may read them is left to the umask and to the folder: nothing that we write is a secret.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import os
-import tempfile
+import secrets
 from pathlib import Path
 
 from recipefuzz.errors import Place, RunFailedError
@@ -16,15 +19,13 @@ def write_atomically(path: Path, content: str | bytes) -> None:
     Raises:
         RunFailedError: a full disk or a folder that can't be written. An older file of the name stays.
     """
-    name = ""
+    part = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
-            name = file.name
+        with part.open("xb") as file:
             file.write(content.encode("utf-8", errors="backslashreplace") if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())
-        Path(name).chmod(0o666 & ~_umask())
-        Path(name).replace(path)
+        part.replace(path)
     except OSError as error:
         raise RunFailedError(
             f"can't write the file: {error.strerror}",
@@ -32,12 +33,5 @@ def write_atomically(path: Path, content: str | bytes) -> None:
             fix="make room or choose another folder, and run the same command again",
         ) from error
     finally:
-        if name:
-            with contextlib.suppress(OSError):  # gone, if all went well
-                Path(name).unlink()
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+        with contextlib.suppress(OSError):  # gone, if all went well
+            part.unlink()

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from recipefuzz.errors import InputError, did_you_mean, nearest
+from recipefuzz.errors import InputError, did_you_mean, nearest, shorten
 from recipefuzz.recipe import AXES, Scalar, is_finite
 from recipefuzz.source import Source
 from recipefuzz.space import Axis, Choice, Range, Space
@@ -83,7 +83,7 @@ def _axis(name: str, spec: Any, source: Source) -> Axis:
         place=place,
         found=_shown(spec),
         expected="a range {low: ..., high: ..., log: true} or a list of choices",
-        fix=f"one fixed value belongs under recipe: {{{name}: {_shown(spec)}}}",
+        fix=f"one fixed value belongs under recipe: {{{name}: {shorten(_shown(spec))}}}",
     )
 
 

@@ -51,8 +51,10 @@ class Board:
         attributes: of the search.
         search: its trials, by number.
         confirm: runs by the trial that they repeat, and seed.
-        items: all of them, by id, and
-        open: those without a result.
+        items: all of them, by id.
+        held: those without a result by the worker that holds them, and id; under no name, those that nobody holds.
+        searching: how many of those without a result are of the search, and
+        searched: how many trials of the search have one.
         seconds: that the search had taken when its last trial was recorded.
         finished: results in the order in which they came.
     """
@@ -64,7 +66,9 @@ class Board:
     search: list[Item] = field(default_factory=list)
     confirm: dict[tuple[int, int], Item] = field(default_factory=dict)
     items: dict[int, Item] = field(default_factory=dict)
-    open: dict[int, Item] = field(default_factory=dict)
+    held: dict[str, dict[int, Item]] = field(default_factory=dict)
+    searching: int = 0
+    searched: int = 0
     seconds: float = 0.0
     finished: list[TrialResult] = field(default_factory=list)
 
@@ -104,17 +108,36 @@ class Board:
         else:
             raise ValueError("a trial of no study of ours")
         item.told = "state" in entry and TrialState(entry["state"]).is_finished()
-        self.items[id_] = self.open[id_] = item
+        self.items[id_] = item
+        self._hold(item)
+        self.searching += item.phase is Phase.SEARCH
         self._attribute(item, attributes)
 
     def _attribute(self, item: Item, attributes: Mapping[str, Any]) -> None:
-        if HOLDER in attributes:
-            item.holder, item.lost = attributes[HOLDER]
+        if HOLDER in attributes and item.result is None:
+            holder, lost = attributes[HOLDER]
+            self._release(item)
+            item.holder, item.lost = holder, lost
+            self._hold(item)
         if RESULT in attributes and item.result is None:
-            item.result = TrialResult.from_record(attributes[RESULT])
-            self.open.pop(item.id)
+            result = TrialResult.from_record(attributes[RESULT])
+            if (result.phase, result.trial, result.seed) != (item.phase, item.trial, item.seed):
+                raise ValueError(f"trial {item.trial} has the result of another one")
+            item.result = result
+            self._release(item)
             self.finished.append(item.result)
+            self.searching -= item.phase is Phase.SEARCH
+            self.searched += item.phase is Phase.SEARCH
         self.seconds = max(self.seconds, float(attributes.get(ELAPSED, 0.0)))
+
+    def _hold(self, item: Item) -> None:
+        self.held.setdefault(item.holder, {})[item.id] = item
+
+    def _release(self, item: Item) -> None:
+        held = self.held[item.holder]
+        del held[item.id]
+        if not held:
+            del self.held[item.holder]
 
     def of(self, result: TrialResult) -> Item:
         """The trial whose result it is."""

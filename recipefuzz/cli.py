@@ -236,7 +236,8 @@ def report(
     from recipefuzz.run_folder import RunFolder
 
     folder = RunFolder.find(run)
-    config, (results, _, peak) = folder.load_config(), folder.read()
+    config = folder.load_config()
+    results, _, peak = folder.read(config.axes)
     ranking, winner = rank_run(config, results)
     diagnoses = folder.diagnoses()
     write_reports(folder.path, config, results, ranking, winner, diagnoses)

@@ -6,6 +6,7 @@ Every fault is one `InputError` that names the file, the line, the key, what was
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Mapping
 from functools import cached_property
@@ -60,6 +61,17 @@ def _plain(values: dict[str, Any]) -> dict[str, Any]:
     return values
 
 
+def _file_path(path: str) -> str:
+    """A path that the system takes: no NUL, no half of a character."""
+    if "\0" in path:
+        raise ValueError("not a path")
+    try:
+        os.fsencode(path)
+    except UnicodeEncodeError as error:
+        raise ValueError("not a path") from error
+    return path
+
+
 def _arrays_file(path: str) -> str:
     if Path(path).suffix not in (".npz", ".json"):
         raise ValueError("not a file of arrays")
@@ -81,6 +93,7 @@ def _storage(url: str) -> str:
 Duration = Annotated[float, BeforeValidator(_seconds), Field(gt=0, allow_inf_nan=False)]
 Whole = Annotated[int, BeforeValidator(_number), Field(ge=0, lt=2**31)]
 Count = Annotated[int, BeforeValidator(_number), Field(ge=1, lt=2**31)]
+FilePath = Annotated[str, AfterValidator(_file_path)]
 Arguments = Annotated[dict[str, Any], AfterValidator(_plain)]
 
 
@@ -155,7 +168,7 @@ class RunConfig(_Section):
     device: str = "auto"
     engine: Literal["auto", "sequential", "fused"] = "auto"
     workers: Annotated[Literal["auto"] | int, BeforeValidator(_workers)] = "auto"
-    folder: str | None = None
+    folder: FilePath | None = None
     storage: Annotated[str, AfterValidator(_storage)] | None = None
     lock: Literal["kernel", "file"] = "kernel"
     lease: Duration = 60.0
@@ -177,8 +190,8 @@ class Config(_Section):
     search: SearchConfig = SearchConfig()
     run: RunConfig = RunConfig()
     ladder: tuple[Annotated[RungConfig, BeforeValidator(_rung)], ...] = ()
-    base: str | None = None
-    reference: Annotated[str, AfterValidator(_arrays_file)] | None = None
+    base: FilePath | None = None
+    reference: Annotated[FilePath, AfterValidator(_arrays_file)] | None = None
 
     _source: Source = PrivateAttr(default_factory=Source)
 

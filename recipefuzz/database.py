@@ -37,6 +37,8 @@ create table if not exists recipefuzz_workers (
     primary key (study, worker));
 """
 
+NEWS = "select number, count, entries from recipefuzz_batches where study = %s and number > %s order by number"
+
 # a worker that is suspended in its turn loses it, or all would wait for it
 OPTIONS = "-c idle_in_transaction_session_timeout=60s"
 
@@ -62,6 +64,7 @@ class DatabaseLog(EntryLog):
         self._url, self._study, self._write = url, study, write
         self._token = f"{random.SystemRandom().getrandbits(64):x}"
         self._turns = 0
+        self._tail: tuple[int, list[str]] = 0, []  # batches that are fetched and not parsed yet, and what precedes them
         self._psycopg = _driver()
         self._connection: psycopg.Connection[Any] | None = None
         try:
@@ -119,7 +122,8 @@ class DatabaseLog(EntryLog):
     @contextmanager
     def _alone(self) -> Iterator[None]:
         """In a transaction with a lock. If the connection is lost in it, so is the lock: see `_store`."""
-        self._again(self._begin)
+        lock = "begin; select pg_advisory_xact_lock(hashtext(%s)); "
+        self._again(lambda: self._look(lock, f"recipefuzz {self._study}"))
         try:
             yield
         finally:
@@ -127,28 +131,30 @@ class DatabaseLog(EntryLog):
                 if self._connection is not None:
                     self._connection.rollback()
 
-    def _begin(self) -> None:
-        connection = self._connect()
-        connection.execute("begin")
-        connection.execute("select pg_advisory_xact_lock(hashtext(%s))", (f"recipefuzz {self._study}",))
-
     def catch_up(self) -> None:
         self._again(self._look)
 
-    def _look(self) -> None:
-        query = "select coalesce(max(number), 0), coalesce(sum(count), 0) from recipefuzz_batches where study = %s"
-        query += " and number > %s"
-        row = self._connect().execute(query, (self._study, self._position)).fetchone()
-        assert row is not None
-        self._position, self._count = max(self._position, int(row[0])), self._count + int(row[1])
+    def _look(self, before: str = "", *values: str) -> None:
+        """In one message to the server and back, with what is to be done before."""
+        with self._psycopg.ClientCursor(self._connect()) as cursor:
+            cursor.execute(before + NEWS, (*values, self._study, self._position))
+            while cursor.nextset():
+                pass
+            rows = cursor.fetchall()
+        if rows:
+            self._tail = self._position, [entries for _, _, entries in rows]
+            self._position, self._count = rows[-1][0], self._count + sum(count for _, count, _ in rows)
 
     def _load(self, position: int) -> list[Entry]:
-        def rows() -> list[tuple[str]]:
-            query = "select entries from recipefuzz_batches where study = %s and number > %s and number <= %s"
-            found = self._connect().execute(query + " order by number", (self._study, position, self._position))
-            return found.fetchall()
+        (start, batches), self._tail = self._tail, (0, [])
+        if not batches or start != position:
+            batches = self._again(lambda: self._batches(position))
+        logs: list[Entry] = json.loads("[" + ",".join(batch[:-1].replace("\n", ",") for batch in batches) + "]")
+        return logs
 
-        return [json.loads(line) for (entries,) in self._again(rows) for line in entries.splitlines()]
+    def _batches(self, position: int) -> list[str]:
+        rows = self._connect().execute(NEWS, (self._study, position)).fetchall()
+        return [entries for number, _, entries in rows if number <= self._position]
 
     def _store(self, data: str, *, sync: bool) -> int:  # noqa: ARG002 - the server's settings decide
         """Once, even where the connection was lost and it is not known whether the batch had arrived.
@@ -161,14 +167,15 @@ class DatabaseLog(EntryLog):
         insert = "insert into recipefuzz_batches (study, number, entries, count, token) values (%s, %s, %s, %s, %s)"
         select = "select token from recipefuzz_batches where study = %s and number = %s"
 
-        def write() -> str:
-            self._connect().execute(insert + " on conflict do nothing", values)
-            self._connect().commit()
-            row = self._connect().execute(select, (self._study, number)).fetchone()
-            assert row is not None
-            return str(row[0])
+        def write() -> bool:
+            with self._psycopg.ClientCursor(self._connect()) as cursor:
+                cursor.execute(insert + " on conflict do nothing; commit", values)
+                if cursor.rowcount == 1:
+                    return True
+                row: tuple[str] | None = cursor.execute(select, (self._study, number)).fetchone()
+                return row == (token,)
 
-        if self._again(write) != token:
+        if not self._again(write):
             raise TurnLostError
         return number
 

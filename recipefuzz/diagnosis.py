@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import linecache
+import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
 from recipefuzz.finding import plain
 from recipefuzz.recipe import Scalar
+from recipefuzz.records import read_record
 
 SEEDS = 3  # runs that a fix must pass: one may be luck
 
@@ -84,7 +86,7 @@ class Diagnosis:
     @property
     def source(self) -> str:
         """The user's source line; empty where there is none."""
-        return linecache.getline(self.file, self.line).strip() if self.file else ""
+        return linecache.getline(self.file, self.line).strip() if _is_source(self.file) else ""
 
     @property
     def fix(self) -> Fix | None:
@@ -106,8 +108,18 @@ class Diagnosis:
         return plain(vars(self) | {"source": self.source, "fixes": fixes})  # type: ignore[no-any-return]
 
     @classmethod
-    def from_record(cls, record: Mapping[str, Any]) -> Diagnosis:
-        """The inverse of `record`."""
-        own = {f.name for f in fields(cls)}
-        fixes = tuple(Fix(**{k: v for k, v in f.items() if k != "recipe"}) for f in record["fixes"])
-        return cls(**{k: v for k, v in record.items() if k in own} | {"fixes": fixes, "chain": tuple(record["chain"])})
+    def from_record(cls, record: object) -> Diagnosis:
+        """The inverse of `record`.
+
+        Raises:
+            ValueError: the record is not one that `record` made.
+        """
+        found = read_record(cls, record)
+        if found.root not in {*Root, ""}:
+            raise ValueError(f"the root {found.root!r}")
+        return found
+
+
+def _is_source(file: str) -> bool:
+    """Python, in a file or typed into a notebook: a record from elsewhere may name a device, or what is no code."""
+    return file in linecache.cache or (file.endswith(".py") and os.path.isfile(file))  # noqa: PTH113 - no error for a bad name

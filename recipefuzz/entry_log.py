@@ -17,6 +17,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+from recipefuzz.errors import InputError, Place, RecipefuzzError
+
 ENCODER = json.JSONEncoder(separators=(",", ":"), allow_nan=False)  # json.dumps makes one at every call
 END = "end"  # the key that marks the last entry of a batch, for whoever finds the batch cut
 
@@ -49,6 +51,29 @@ class Beat:
 
 class TurnLostError(Exception):
     """Another wrote in what was to be this one's turn: it is to be begun anew."""
+
+
+@contextmanager
+def replayed(name: str) -> Iterator[None]:
+    """Entries that somebody else may have written: whatever Optuna or we find wrong with them is one plain error.
+
+    Args:
+        name: of the log.
+    """
+    try:
+        yield
+    except RecipefuzzError:
+        raise
+    except Exception as error:
+        raise not_replayed(name, f"{type(error).__name__}: {error}") from error
+
+
+def not_replayed(name: str, why: str) -> InputError:
+    return InputError(
+        f"the run's journal can't be replayed ({why})",
+        place=Place(name),
+        fix="restore the file from a copy, or start again with --fresh (the old folder is kept)",
+    )
 
 
 class EntryLog(ABC):
@@ -113,7 +138,6 @@ class EntryLog(ABC):
             After an error nothing of what was added is left; who has read it, begins with a new cursor.
         """
         with self._alone():
-            self.catch_up()
             try:
                 yield
                 self.flush()
@@ -140,7 +164,7 @@ class EntryLog(ABC):
 
     @abstractmethod
     def _alone(self) -> Any:
-        """A context manager, in which nobody else writes."""
+        """A context manager, in which nobody else writes: what others wrote before is known on entering."""
 
     @abstractmethod
     def beat(self, worker: str, mark: str, about: Mapping[str, Any] | None) -> None:

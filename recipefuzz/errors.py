@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import traceback
+import unicodedata
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,8 @@ from pathlib import Path
 PACKAGE = str(Path(__file__).parent)
 RAISED = (Exception, SystemExit)  # what a user's code may raise: a script's sys.exit() too, but Ctrl-C is the user's
 STANDARD_LIBRARY = str(Path(traceback.__file__).parent)
+
+LONGEST = 2000  # characters of a line of a message: a key of a megabyte helps nobody
 
 EXIT_BAD_ANSWER = 1  # the question was answered, and the answer is bad: no safe recipe
 EXIT_BAD_INPUT = 2
@@ -68,7 +71,7 @@ class RecipefuzzError(Exception):
         lines = [head, *(f"  {name + ':':<10}{text}" for name, text in rows if text)]
         if self.detail:
             lines += ["", *(f"  {line}" for line in self.detail.rstrip().splitlines())]
-        return "\n".join(lines)
+        return "\n".join(_clipped(line, LONGEST) for line in printable("\n".join(lines)).split("\n"))
 
 
 class InputError(RecipefuzzError):
@@ -85,6 +88,17 @@ class NonFiniteError(RecipefuzzError):
     """`recipefuzz.watch`: the loss, a gradient or a parameter is not finite; the optimizer's step was not made."""
 
 
+def printable(text: str) -> str:
+    """Text that no terminal obeys: control characters and halves of characters as escapes; lines and tabs stay."""
+    if text.isprintable():
+        return text
+    return "".join(_escaped(c) if unicodedata.category(c) in ("Cc", "Cs") and c not in "\n\t" else c for c in text)
+
+
+def _escaped(character: str) -> str:
+    return character.encode("unicode_escape").decode("ascii")
+
+
 def shorten(value: object, limit: int = 120) -> str:
     """A value for a message, on one line of at most `limit` characters; empty for None."""
     if value is None:
@@ -93,6 +107,10 @@ def shorten(value: object, limit: int = 120) -> str:
         text = value if isinstance(value, str) and value and value.isprintable() else repr(value)
     except ValueError:  # Python writes no integer of more than 4300 digits
         text = "a number of thousands of digits"
+    return _clipped(text, limit)
+
+
+def _clipped(text: str, limit: int) -> str:
     return text if len(text) <= limit else text[: limit - 3] + "..."
 
 

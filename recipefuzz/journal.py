@@ -16,7 +16,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from recipefuzz.entry_log import END, Beat, Entry, EntryLog, TurnLostError
 from recipefuzz.errors import InputError, Place, RunFailedError
@@ -25,6 +25,7 @@ from recipefuzz.locks import BusyError, Lock, hold
 SYNC_SECONDS = 1.0  # of results that a power cut may take; a sync takes milliseconds, as long as some trials
 LOCK_SECONDS = 0.5  # `status` holds the lock for an instant to see whether it is free
 SHARED_LOCK_SECONDS = 600.0  # a turn takes milliseconds, but its holder may have been suspended in it
+MARK = f',"{END}":true}}\n'.encode()  # with which a batch ends: within one, no key of a nested object ends a line
 BEATS = "workers"  # the folder of the workers' signs of life, beside the journal
 
 
@@ -45,26 +46,27 @@ class Journal(EntryLog):
     def __init__(self, path: Path, *, write: bool, shared: bool = False, lock: Lock = Lock.KERNEL) -> None:
         super().__init__()
         self.name = str(path)
-        self._path, self._shared, self._lock = path, shared, lock
+        self._path, self._write, self._shared, self._lock = path, write, shared, lock
         self._synced, self._unsynced = -math.inf, False
+        self._tail = 0, b""  # read and not parsed yet, and where it begins
+        self._torn = False  # whether there is more, of a batch that is not whole
+        self._inode: tuple[int, int] | None = None  # of the file in the first turn
         self._held = contextlib.ExitStack()
-        self._file = self._open() if write else None
         try:
+            if write:
+                self._path.touch()
             if write and not shared:
                 self._held.enter_context(self._locked(LOCK_SECONDS))
+            if not shared:
                 self.catch_up()
-                self._cut()
-            elif not shared:
-                self.catch_up()
-        except BaseException:
-            self.close()
-            raise
-
-    def _open(self) -> Any:
-        try:
-            return os.fdopen(os.open(self._path, os.O_RDWR | os.O_CREAT, 0o666), "r+b", buffering=0)
+            if write and not shared:
+                self._mend()
         except OSError as error:
+            self._held.close()
             raise _cannot("open", self._path, error) from error
+        except BaseException:
+            self._held.close()
+            raise
 
     @contextmanager
     def _locked(self, seconds: float) -> Iterator[None]:
@@ -79,7 +81,7 @@ class Journal(EntryLog):
 
     @property
     def _writes(self) -> bool:
-        return self._file is not None
+        return self._write
 
     @contextmanager
     def _alone(self) -> Iterator[None]:
@@ -89,17 +91,19 @@ class Journal(EntryLog):
         with self._locked(SHARED_LOCK_SECONDS):
             self._stay()
             self.catch_up()
-            self._cut()
+            self._mend()
             yield
+        self._sync_in_time()  # others need not wait for it
 
     def _stay(self) -> None:
         """Refuse to go on where the run was put aside: what is at the path belongs to another one."""
-        assert self._file is not None
         try:
-            same = os.path.samestat(os.fstat(self._file.fileno()), self._path.stat())
+            status = self._path.stat()
         except OSError as error:
             raise _cannot("read", self._path, error) from error
-        if not same:
+        place = status.st_dev, status.st_ino
+        self._inode = self._inode or place
+        if place != self._inode or status.st_size < self._position:
             raise RunFailedError(
                 "another run is there now: this worker's was put aside, perhaps by --fresh",
                 place=Place(str(self._path)),
@@ -107,12 +111,31 @@ class Journal(EntryLog):
             )
 
     def catch_up(self) -> None:
-        logs, size = _whole(self._path, self._bytes(self._position), self._count, self._position)
-        self._count, self._position = self._count + len(logs), self._position + size
+        content = self._bytes(self._position)
+        count, size = _whole(content, first=not self._position)
+        if size:
+            self._tail = self._position, content[:size]
+        self._count, self._position = self._count + count, self._position + size
+        self._torn = len(content) > size
 
     def _load(self, position: int) -> list[Entry]:
-        lines = self._bytes(position)[: self._position - position].splitlines(keepends=True)
-        return _entries(lines) or []
+        (start, content), self._tail = self._tail, (0, b"")
+        if start != position or start + len(content) < self._position:  # or something was written since
+            content = self._bytes(position)
+        logs = _entries(content[: self._position - position])
+        if logs is None:
+            raise self._damaged()
+        return logs
+
+    def _damaged(self) -> InputError:
+        lines = enumerate(self._bytes(0).splitlines(keepends=True), start=1)
+        number, line = next(((number, line) for number, line in lines if not _entries(line)), (0, b""))
+        return InputError(
+            "the run's journal is damaged: this line is no entry",
+            place=Place(str(self._path), number),
+            found=line[:60],
+            fix="restore the file from a copy, or start again with --fresh (the old folder is kept)",
+        )
 
     def _bytes(self, position: int) -> bytes:
         try:
@@ -122,41 +145,62 @@ class Journal(EntryLog):
         except OSError as error:
             raise _cannot("read", self._path, error) from error
 
-    def _cut(self) -> None:
+    def _opened(self) -> IO[bytes]:
+        return self._path.open("r+b", buffering=0)
+
+    def _mend(self) -> None:
         """Take a torn batch off: its writer is dead, or it would hold the lock."""
-        assert self._file is not None
-        try:
-            if os.fstat(self._file.fileno()).st_size > self._position:
-                self._file.truncate(self._position)
-        except OSError as error:
-            raise _cannot("write", self._path, error) from error
+        if self._torn:
+            try:
+                with self._opened() as file:
+                    self._cut(file)
+            except OSError as error:
+                raise _cannot("write", self._path, error) from error
+
+    def _cut(self, file: IO[bytes]) -> None:
+        if os.fstat(file.fileno()).st_size > self._position:
+            file.truncate(self._position)
 
     def _store(self, data: str, *, sync: bool) -> int:
-        """A power cut can take it until it is synced: by `close`, or by this, if the last sync was SYNC_SECONDS ago.
+        """The file is opened anew: by closing it a network filesystem's server has it, before another has its turn.
 
-        So fast trials share one sync, and of slow ones each has its own. A worker that was suspended in its turn may
-        have lost its lock meanwhile: what others wrote then is not cut.
+        A worker that was suspended in its turn may have lost its lock meanwhile: what others wrote then is not cut.
         """
-        assert self._file is not None
         content, written = data.encode(), 0
         try:
-            if self._shared and os.fstat(self._file.fileno()).st_size != self._position:
-                raise TurnLostError
-            self._file.truncate(self._position)  # where that failed after a failed write
-            self._file.seek(self._position)
-            while written < len(content):
-                written += self._file.write(content[written:])
-            self._unsynced = True
-            if sync and time.monotonic() - self._synced >= SYNC_SECONDS:
-                self._sync(self._file)
+            with self._opened() as file:
+                if self._shared and os.fstat(file.fileno()).st_size != self._position:
+                    raise TurnLostError
+                self._cut(file)
+                file.seek(self._position)
+                try:
+                    while written < len(content):
+                        written += file.write(content[written:])
+                except OSError:
+                    with contextlib.suppress(OSError):
+                        self._cut(file)
+                    raise
         except OSError as error:
-            with contextlib.suppress(OSError):
-                self._file.truncate(self._position)
             raise _cannot("write", self._path, error) from error
+        self._unsynced = True
+        if sync and not self._shared:
+            self._sync_in_time()
         return self._position + written
 
-    def _sync(self, file: Any) -> None:
-        os.fsync(file.fileno())
+    def _sync_in_time(self) -> None:
+        """A power cut can take what is written until it is synced: here, if the last time was SYNC_SECONDS ago.
+
+        So fast trials share one sync, and of slow ones each has its own.
+        """
+        if self._unsynced and time.monotonic() - self._synced >= SYNC_SECONDS:
+            self._sync()
+
+    def _sync(self) -> None:
+        try:
+            with self._path.open("rb") as file:  # a sync is of the file, whoever wrote
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise _cannot("write", self._path, error) from error
         self._synced, self._unsynced = time.monotonic(), False
 
     def close(self) -> None:
@@ -165,15 +209,9 @@ class Journal(EntryLog):
         Raises:
             RunFailedError: the disk is gone.
         """
-        if self._file is None:
-            return
-        file, self._file = self._file, None
-        with self._held, file:
-            try:
-                if self._unsynced:
-                    self._sync(file)
-            except OSError as error:
-                raise _cannot("write", self._path, error) from error
+        with self._held:
+            if self._unsynced:
+                self._sync()
 
     def beat(self, worker: str, mark: str, about: Mapping[str, Any] | None) -> None:
         """In a file of the worker's own, written over in place: a file that is replaced, network filesystems show late.
@@ -225,41 +263,28 @@ def _cannot(verb: str, path: Path, error: OSError) -> RunFailedError:
     return RunFailedError(f"can't {verb} the run's journal: {error.strerror}", place=Place(str(path)), fix=fix)
 
 
-def _whole(path: Path, content: bytes, before: int, position: int) -> tuple[list[Entry], int]:
-    """Entries of the whole batches that a part of the file holds, and the bytes that they take.
+def _whole(content: bytes, *, first: bool) -> tuple[int, int]:
+    """Entries of the whole batches in a part of the file, and the bytes that they take; nothing is parsed for that.
 
     Args:
-        before: entries that precede the part, and
-        position: the byte at which it begins.
+        first: it is the part with which the file begins.
     """
-    lines = content.splitlines(keepends=True)
-    if lines and _entry(lines[-1]) is None:
-        lines.pop()
-    logs = _entries(lines)
-    if logs is None:
-        number, line = next((n, line) for n, line in enumerate(lines, start=1) if _entry(line) is None)
-        raise InputError(
-            "the run's journal is damaged: this line is no entry",
-            place=Place(str(path), before + number),
-            found=line[:60],
-            fix="restore the file from a copy, or start again with --fresh (the old folder is kept)",
-        )
-    ends = (n for n in range(len(logs), 0, -1) if END in logs[n - 1])
-    unmarked = 0 if position else len(logs)  # no marks at all: written by Optuna, or cut in its first batch
-    whole = next(ends, unmarked)
-    return logs[:whole], sum(map(len, lines[:whole]))
+    if (mark := content.rfind(MARK)) >= 0:
+        size = mark + len(MARK)
+    elif first:  # no marks at all: written by Optuna, or cut in its first batch
+        size = content.rfind(b"\n") + 1
+        last = content.rfind(b"\n", 0, max(0, size - 1)) + 1
+        size = size if _entries(content[last:size]) else last
+    else:
+        size = 0
+    return content.count(b"\n", 0, size), size
 
 
-def _entries(lines: list[bytes]) -> list[Entry] | None:
+def _entries(content: bytes) -> list[Entry] | None:
     """All lines parsed at once, which takes half the time; None if one of them is no entry."""
     try:
-        logs = json.loads(b"[" + b",".join(lines) + b"]")
-    except ValueError:
+        logs = json.loads(b"[" + content.removesuffix(b"\n").replace(b"\n", b",") + b"]")
+    except (ValueError, RecursionError):  # the latter where brackets are nested a thousand deep
         return None
-    good = len(logs) == len(lines) and all(isinstance(log, dict) and "op_code" in log for log in logs)
+    good = len(logs) == content.count(b"\n") and all(isinstance(log, dict) and "op_code" in log for log in logs)
     return logs if good else None
-
-
-def _entry(line: bytes) -> Entry | None:
-    logs = _entries([line]) if line.endswith(b"\n") else None
-    return logs[0] if logs else None

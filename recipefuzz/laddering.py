@@ -98,7 +98,7 @@ def _climbed(config: Config, number: int, of: int, fresh: bool, listener: Listen
         rung = replace(rung, findings=tuple(findings(patient, cheap=True, also=ALSO)))
     if rung.checks is Level.FAIL:
         return rung
-    result = search(config, fresh=fresh, listener=listener)
+    result = search(config, fresh=fresh, listener=listener, checked=True)
     shown = None if result.best is None else _shown(patient, result.best)
     return replace(rung, results=result.results, ranking=tuple(result.ranked), winner=result.winner, shown=shown)
 

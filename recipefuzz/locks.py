@@ -25,6 +25,7 @@ except ImportError:  # Windows: no lock, so starting two searches in one folder 
 
 MOUNTS = Path("/proc/self/mountinfo")
 GRACE_SECONDS = 30
+FIRST_PAUSE, GROWTH, LONGEST_PAUSE = 0.0005, 1.5, 0.05  # seconds between looks whether a lock is free: a turn's length
 LOCAL_OPTIONS = {"nolock", "local_lock=all", "local_lock=flock"}  # of an NFS mount: the lock reaches this machine alone
 NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)
 
@@ -63,7 +64,7 @@ def hold(path: Path, lock: Lock, seconds: float) -> Iterator[None]:
 
 def _take(file: int, path: Path, seconds: float) -> None:
     """Again and again: a lock that is waited for can't be given up."""
-    end, pause = time.monotonic() + seconds, 0.0005
+    end, pause = time.monotonic() + seconds, FIRST_PAUSE
     while True:
         try:
             return fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -75,7 +76,7 @@ def _take(file: int, path: Path, seconds: float) -> None:
                 return None if seconds < 1 else _refuse(path)
             raise
         time.sleep(pause)
-        pause = min(pause * 1.5, 0.05)
+        pause = min(pause * GROWTH, LONGEST_PAUSE)
 
 
 def _refuse(path: Path) -> None:

@@ -119,7 +119,7 @@ class Recipe:
         own = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "extra"}
         return own | dict(self.extra)
 
-    def but(self, **changes: Scalar) -> Recipe:
+    def but(self, /, **changes: Scalar) -> Recipe:
         return Recipe.of(self.values() | changes)
 
     @property

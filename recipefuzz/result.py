@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, fields
 from enum import StrEnum
 from typing import Any
 
@@ -12,6 +12,8 @@ import numpy as np
 
 from recipefuzz.evidence import below, skill_at_end
 from recipefuzz.recipe import Recipe, Scalar
+from recipefuzz.records import read_record
+from recipefuzz.space import Space
 from recipefuzz.trace import Trace
 from recipefuzz.verdict import Budget, Label, Verdict
 
@@ -66,19 +68,42 @@ class TrialResult:
         return self.verdict == Label.CONVERGING
 
     def record(self) -> dict[str, Any]:
-        """Plain values for a JSON store; what is not finite is left out."""
-        found = {k: v for k, v in vars(self).items() if not (isinstance(v, float) and not math.isfinite(v))}
+        """Plain values for a JSON store; what is not finite, or what it is without being told, is left out."""
+        found = {k: v for k, v in vars(self).items() if _is_told(k, v)}
         return found | {"values": dict(self.values)}  # asdict would copy the curve, number by number
 
     @classmethod
-    def from_record(cls, record: Mapping[str, Any]) -> TrialResult:
+    def from_record(cls, record: object) -> TrialResult:
         """The inverse of `record`.
 
         Raises:
-            TypeError, ValueError, KeyError: the record is not one that `record` made.
+            ValueError: the record is not one that `record` made.
         """
-        fields = dict(record) | {"phase": Phase(record["phase"]), "curve": tuple(record.get("curve", ()))}
-        return cls(**fields)
+        found = read_record(cls, record)
+        if found.verdict not in {*Label, ""} or bool(found.verdict) == bool(found.error):
+            raise ValueError(f"the verdict {found.verdict!r} with the error {found.error!r}")
+        if min(found.trial, found.seed, found.steps, found.first_bad or 0) < 0:
+            raise ValueError("a negative number of a trial, a seed or a step")
+        Recipe.of(found.values)
+        return found
+
+
+def check_values(results: Iterable[TrialResult], space: Space) -> None:
+    """Look whether trials lie in the space that they are said to be of.
+
+    Raises:
+        ValueError: one does not.
+    """
+    for result in results:
+        if not space.contains(result.values):
+            raise ValueError(f"trial {result.trial} does not lie in the config's space")
+
+
+DEFAULTS = {field.name: field.default for field in fields(TrialResult)}
+
+
+def _is_told(name: str, value: Any) -> bool:
+    return not (isinstance(value, float) and not math.isfinite(value)) and value != DEFAULTS.get(name)
 
 
 def result_of(

@@ -21,9 +21,10 @@ from recipefuzz.errors import InputError, Place, RunFailedError
 from recipefuzz.journal import BEATS, Journal, at_work
 from recipefuzz.locks import Lock, is_held, require_reach
 from recipefuzz.peak import Peak
-from recipefuzz.result import TrialResult
+from recipefuzz.result import TrialResult, check_values
 from recipefuzz.sharing import SharedStudy
 from recipefuzz.source import write_yaml
+from recipefuzz.space import Space
 from recipefuzz.store import Store
 
 RUNS = Path("runs")
@@ -71,20 +72,31 @@ class RunFolder:
             fix=f"runs here: {', '.join(known)}" if known else "recipefuzz search CONFIG makes one",
         )
 
-    def read(self) -> tuple[list[TrialResult], float, Peak]:
-        """All finished trials, the time and the memory that they took, read while another process may be writing."""
+    def read(self, space: Space) -> tuple[list[TrialResult], float, Peak]:
+        """All finished trials, the time and the memory that they took, read while another process may be writing.
+
+        Raises:
+            InputError: the journal is damaged, or its trials are not of that space.
+        """
         store = Store(self.log(self.load_config(), write=False), write=False)
         try:
-            return store.results(), store.seconds(), store.peak()
+            results, seconds, peak = store.results(), store.seconds(), store.peak()
+            check_values(results, space)
+        except ValueError as error:
+            fix = "put the config back as it was, or start again with --fresh"
+            raise InputError(
+                f"{self.config.name} made another run: {error}", place=Place(str(self.path)), fix=fix
+            ) from error
         finally:
             store.close()
+        return results, seconds, peak
 
     def diagnoses(self) -> dict[int, Diagnosis]:
         """What was found out about trials, by their numbers; a file that can't be read is as good as none."""
         try:
-            records = json.loads((self.path / DIAGNOSES).read_text())
-            return {int(number): Diagnosis.from_record(record) for number, record in records.items()}
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            records = json.loads((self.path / DIAGNOSES).read_text(encoding="utf-8"))
+            return {int(number): Diagnosis.from_record(record) for number, record in dict(records).items()}
+        except (OSError, ValueError, TypeError, RecursionError):
             return {}
 
     def keep(self, diagnoses: Mapping[int, Diagnosis]) -> None:
@@ -184,8 +196,8 @@ class RunFolder:
 
     def _refuse_other_folders(self, config: Config) -> None:
         """A folder with files in it that is no run is somebody's: nothing in it is overwritten or moved."""
-        if not self.path.is_dir() or not any(self.path.iterdir()):
-            return
+        if not self.path.is_dir() or all(path.name.startswith(f".{CONFIG}.") for path in self.path.iterdir()):
+            return  # empty, or another worker is just writing the config
         begun = self.journal.exists() and self.journal.stat().st_size > 0
         is_run = begun or self.in_database or (self.journal.exists() and not (self.path / "trials.csv").exists())
         if not is_run or config.folder.is_relative_to(self.path):

@@ -29,6 +29,7 @@ from optuna.samplers._tpe.parzen_estimator import _ParzenEstimator
 from optuna.samplers._tpe.probability_distributions import _BatchedCategoricalDistributions
 from optuna.samplers._tpe.sampler import default_gamma
 
+from recipefuzz.cma_sampler import PlainCmaEs
 from recipefuzz.config import SearchConfig
 from recipefuzz.errors import InputError, Place
 from recipefuzz.recipe import Scalar
@@ -115,7 +116,9 @@ class Seen:
         self._points = {name: np.concatenate([column, column]) for name, column in self._points.items()}
 
     def tell(self, number: int, result: TrialResult) -> None:
-        """The result of a trial that was asked; in any order."""
+        """The result of a trial that was asked; in any order, and of each the first counts."""
+        if self._told[number]:
+            return
         if not result.error:
             value, violation = objective(result)
             insort(self._best, (violation > 0, violation if violation > 0 else value, number))
@@ -329,7 +332,7 @@ def sampler(search: SearchConfig, space: Space, number: int) -> BaseSampler:
     if search.sampler == "gp":
         return optuna.samplers.GPSampler(seed=seed, independent_sampler=plain)
     if search.sampler == "cmaes":
-        return optuna.samplers.CmaEsSampler(seed=seed, independent_sampler=plain, warn_independent_sampling=False)
+        return PlainCmaEs(seed=seed, independent_sampler=plain, warn_independent_sampling=False)
     if search.sampler == "qmc":  # one sequence for the whole study; the store counts its points
         return optuna.samplers.QMCSampler(
             seed=search.seed, scramble=True, independent_sampler=plain, warn_independent_sampling=False
@@ -338,6 +341,7 @@ def sampler(search: SearchConfig, space: Space, number: int) -> BaseSampler:
     return optuna.samplers.GridSampler(grid, seed=search.seed)  # it shuffles the grid: one order for all trials
 
 
-def mixed_seed(seed: int, number: int) -> int:
-    digest = hashlib.sha256(json.dumps([seed, number]).encode()).digest()
+def mixed_seed(seed: int, what: int | str) -> int:
+    """Another one for each number or name."""
+    digest = hashlib.sha256(json.dumps([seed, what]).encode()).digest()
     return int.from_bytes(digest[:4], "big")

@@ -37,13 +37,18 @@ from recipefuzz.working import search_shared
 
 
 def search(
-    config: Config | dict[str, Any] | str | Path, *, fresh: bool = False, listener: Listener | None = None
+    config: Config | dict[str, Any] | str | Path,
+    *,
+    fresh: bool = False,
+    listener: Listener | None = None,
+    checked: bool = False,
 ) -> SearchResult:
     """Search a study's space, confirm and rank its safe recipes; resume the run if it exists.
 
     Args:
         config: a config file, its contents as a mapping, or a checked Config.
         fresh: put an existing run of this name aside instead of resuming it.
+        checked: the cheap preflight checks were made already.
 
     Raises:
         InputError: what is wrong with the config or the user's code, before anything is trained.
@@ -66,7 +71,8 @@ def search(
             place=config.source.place("target", "loss"),
             fix="look whether all training targets are the same, or add a constant to the loss",
         )
-    _check(config, task, listener)
+    if not checked:
+        _check(config, task, listener)
     folder = RunFolder.of(config)
     if folder.is_shared(config):
         return search_shared(config, task, folder, listener, fresh=fresh)

@@ -3,7 +3,9 @@
 All that is known is in the log, and every worker reads the same from it (`board`). What it adds it adds in its turn,
 alone with the log, after having read what the others added: so no trial is given to two, and their number is exact.
 The sampler learns from results in the order in which they come, and takes trials under way for bad ones until then
-(Optuna's `constant_liar`), so that workers don't all ask for the same.
+(Optuna's `constant_liar`), so that workers don't all ask for the same. It is asked before the turn, by what is known
+then, and only what it says is written in the turn: of all that a worker does, this alone keeps the others waiting. So
+it doesn't know of what others ask while this worker waits, as if they had asked at the same moment.
 
 A worker whose lease has lapsed (`leases`) loses its trials to the others. If it was only slow, its result still counts
 where none has come meanwhile: a trial is a pure function, whoever runs it; where one has, its own is dropped. A trial
@@ -25,11 +27,11 @@ from optuna.storages.journal._storage import JournalOperation
 
 from recipefuzz.board import CONFIRMS, HOLDER, Board, Item
 from recipefuzz.config import Config
-from recipefuzz.entry_log import Cursor, EntryLog, TurnLostError
-from recipefuzz.errors import InputError, Place
+from recipefuzz.entry_log import Cursor, EntryLog, TurnLostError, replayed
 from recipefuzz.peak import Peak
 from recipefuzz.ranking import candidates
-from recipefuzz.result import Phase, TrialResult
+from recipefuzz.recipe import Scalar
+from recipefuzz.result import Phase, TrialResult, check_values
 from recipefuzz.sampling import BlockTPE, Seen, at_random, distribution, mixed_seed, sampler, total
 from recipefuzz.trial_log import ELAPSED, META, PEAK, RESULT, TrialLog
 
@@ -71,6 +73,7 @@ class SharedStudy:
         self._log, self._config, self.worker = log, config, worker
         self._axes = {name: distribution(axis) for name, axis in config.axes.axes}
         self._tpe, self._random = BlockTPE(self._axes), np.random.RandomState()
+        self._own_seed = mixed_seed(config.search.seed, worker)
         self._known = 0  # results that the caller has been told of
         self._begin_reading()
         self._in_turn(lambda: self._begin(meta))
@@ -78,6 +81,7 @@ class SharedStudy:
     def _begin_reading(self) -> None:
         self._board, self._cursor = Board(self._axes, self._config.trial.seed), Cursor()
         self._seen, self._asked, self._told = Seen(self._axes), 0, 0
+        self._best: tuple[int, list[tuple[int, int]]] = (-1, [])
         self._study: optuna.Study | None = None  # for samplers that look into Optuna's storage
 
     def _in_turn(self, what: Callable[[], T]) -> T:
@@ -135,7 +139,7 @@ class SharedStudy:
     @property
     def holders(self) -> set[str]:
         """The workers that hold trials."""
-        return {item.holder for item in self._board.open.values() if item.holder}
+        return self._board.held.keys() - {""}
 
     def turn(
         self,
@@ -163,12 +167,14 @@ class SharedStudy:
             RunFailedError: the log can't be reached or written. The results are not recorded.
         """
         done = list(results)
+        self.look()
+        drafts = self._draft(done, most, least, late) if self._config.search.sampler == "tpe" else []
 
         def act() -> list[Item]:
             self._record(done, elapsed, peak)
             self._take_from(lapsed)
             self._read()
-            return self._take(most, least, late) if most else []
+            return self._take(most, least, late, drafts) if most else []
 
         taken = self._in_turn(act)
         news = self._board.finished[self._known :]
@@ -192,25 +198,24 @@ class SharedStudy:
         self._in_turn(act)
 
     def _held(self) -> list[Item]:
-        return [item for item in self._board.open.values() if item.holder == self.worker]
+        return list(self._board.held.get(self.worker, {}).values())
 
     def _read(self) -> None:
-        try:
+        with replayed(self._log.name):
             for entry in self._log.read(self._cursor):
                 self._board.apply(entry)
-        except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
-            raise InputError(
-                f"the run's log can't be read: an entry makes no sense ({type(error).__name__}: {error})",
-                place=Place(self._log.name),
-                fix="restore it from a copy, or start again with --fresh (the old run is kept)",
-            ) from error
+            news = self._board.finished[self._told :]
+            check_values(news, self._config.axes)
+        self._told = len(self._board.finished)
         if self._config.search.sampler == "tpe":
             self._seen.ask([item.values for item in self._board.search[self._asked :]])
             self._asked = len(self._board.search)
-            for result in self._board.finished[self._told :]:
-                if result.phase is Phase.SEARCH:
-                    self._seen.tell(result.trial, result)
-            self._told = len(self._board.finished)
+            self._tell_tpe(news)
+
+    def _tell_tpe(self, results: Iterable[TrialResult]) -> None:
+        for result in results:
+            if result.phase is Phase.SEARCH:
+                self._seen.tell(result.trial, result)
 
     def _record(self, results: Iterable[TrialResult], elapsed: float, peak: Peak | None) -> None:
         last = None
@@ -233,7 +238,8 @@ class SharedStudy:
 
     def _take_from(self, lapsed: Collection[str]) -> None:
         """Give back what vanished workers held; what has lost too many is an error."""
-        for item in [i for i in self._board.open.values() if i.holder in lapsed and i.holder != self.worker]:
+        held = (self._board.held.get(worker, {}) for worker in lapsed if worker != self.worker)
+        for item in [item for items in held for item in items.values()]:
             lost, retries = item.lost + 1, self._config.run.retries
             self._entries.attribute(item.id, HOLDER, ["", lost])
             if lost >= retries:
@@ -241,22 +247,40 @@ class SharedStudy:
                 error = f"lost: {lost} workers vanished while they trained it, the last one was {item.holder}"
                 self._finish(item, TrialResult(item.trial, item.phase, item.seed, values, error=error))
 
-    def _take(self, most: int, least: int, late: bool) -> list[Item]:
+    def _draft(self, done: Iterable[TrialResult], most: int, least: int, late: bool) -> list[dict[str, Scalar]]:
+        """Recipes to ask for in the turn, as far as can be told before it."""
+        good = [result for result in done if not result.error]  # of a lapsed worker, errors don't count
+        self._tell_tpe(good)
+        size = 0 if late or "" in self._board.held else self._to_ask(most, least, ended=len(good))
+        return self._from_tpe(size)
+
+    def _take(self, most: int, least: int, late: bool, drafts: list[dict[str, Scalar]]) -> list[Item]:
         held = self._held()
         if any(item.lost >= ALONE for item in held):
             return []
-        free = [item for item in self._board.open.values() if not item.holder]
+        free = self._board.held.get("", {}).values()
         if not held and (suspect := next((item for item in free if item.lost >= ALONE), None)):
             return self._claim([suspect])
         taken = self._claim([item for item in free if item.lost < ALONE][:most])
-        if len(taken) < most and not late and (left := self.total - len(self._board.search)) > 0:
-            under_way = sum(item.phase is Phase.SEARCH for item in self._board.open.values())
-            room = max(least - len(taken), self.total // 4 - under_way)
-            taken += self._ask(min(most - len(taken), self._share(left), room))
+        if not late and self._unasked > 0:
+            taken += self._ask(self._to_ask(most - len(taken), least - len(taken)), drafts)
         elif len(taken) < most and self._is_searched(late):
             jobs = [job for job in self.wanted() if job not in self._board.confirm]
             taken += self._confirm(jobs[: min(most - len(taken), self._share(len(jobs)))])
         return taken
+
+    @property
+    def _unasked(self) -> int:
+        return self.total - len(self._board.search)
+
+    def _to_ask(self, most: int, least: int, ended: int = 0) -> int:
+        """How many trials this worker may ask for.
+
+        Args:
+            ended: trials under way whose results are not recorded yet.
+        """
+        room = max(least, self.total // 4 - (self._board.searching - ended))
+        return max(0, min(most, self._share(self._unasked), room))
 
     def _share(self, left: int) -> int:
         """Guided self-scheduling (Polychronopoulos and Kuck, IEEE Trans. Computers 36, 1987)."""
@@ -267,30 +291,36 @@ class SharedStudy:
             self._entries.attribute(item.id, HOLDER, [self.worker, item.lost])
         return items
 
-    def _ask(self, size: int) -> list[Item]:
+    def _ask(self, size: int, drafts: list[dict[str, Scalar]]) -> list[Item]:
         first = len(self._board.search)
-        if size <= 0:
-            return []
-        if self._config.search.sampler not in ("tpe", "random"):
-            for number in range(first, first + size):
-                self._ask_storage(number)
-        else:
-            if self._config.search.sampler == "tpe":
-                recipes = self._tpe.block(self._seen, size, mixed_seed(self._config.search.seed, first))
-            else:
-                seeds = (mixed_seed(self._config.search.seed, number) for number in range(first, first + size))
-                recipes = [at_random(self._axes, self._random, seed) for seed in seeds]
-            for recipe in recipes:
-                self._entries.asked(recipe)
+        numbers, name = range(first, first + size), self._config.search.sampler
+        if name in ("tpe", "random"):
+            recipes = self._at_random(numbers) if name == "random" else drafts or self._from_tpe(size)
+            for recipe in recipes[:size]:
+                self._entries.asked(recipe, {HOLDER: [self.worker, 0]})
+            self._read()
+            return self._board.search[first:]
+        for number in numbers:
+            self._ask_storage(number)
         self._read()
         return self._claim(self._board.search[first:])
+
+    def _from_tpe(self, size: int) -> list[dict[str, Scalar]]:
+        """Others may ask at the same moment, knowing the same: the worker's name keeps their seeds apart."""
+        if not size:
+            return []
+        return self._tpe.block(self._seen, size, mixed_seed(self._own_seed, len(self._board.search)))
+
+    def _at_random(self, numbers: Iterable[int]) -> list[dict[str, Scalar]]:
+        seeds = (mixed_seed(self._config.search.seed, number) for number in numbers)
+        return [at_random(self._axes, self._random, seed) for seed in seeds]
 
     def _ask_storage(self, number: int) -> None:
         """By a sampler that looks into Optuna's storage, and leaves there what it has to remember."""
         if self._study is None:
             storage = optuna.storages.JournalStorage(cast("BaseJournalBackend", self._log))
             self._study = optuna.load_study(storage=storage, study_name=Phase.SEARCH)
-        with warnings.catch_warnings():
+        with replayed(self._log.name), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # experimental samplers, and samplers that take choices one by one
             self._study.sampler = sampler(self._config.search, self._config.axes, number)
             self._study.ask(fixed_distributions=self._axes)
@@ -304,15 +334,17 @@ class SharedStudy:
 
     def wanted(self) -> list[tuple[int, int]]:
         """The confirming runs that there are to be: the best candidates, on seeds that the search did not see."""
-        confirm, first = self._config.search.confirm, self._config.trial.seed + 1
-        best = candidates(self.results, confirm.top)
-        return [(result.trial, seed) for result in best for seed in range(first, first + confirm.seeds)]
+        if self._best[0] != self._board.searched:  # else nothing has come that could change it
+            confirm, first = self._config.search.confirm, self._config.trial.seed + 1
+            best = candidates(self.results, confirm.top)
+            jobs = [(result.trial, seed) for result in best for seed in range(first, first + confirm.seeds)]
+            self._best = self._board.searched, jobs
+        return self._best[1]
 
     def _is_searched(self, late: bool) -> bool:
-        searching = any(item.phase is Phase.SEARCH for item in self._board.open.values())
-        return not searching and (late or len(self._board.search) >= self.total)
+        return not self._board.searching and (late or self._unasked <= 0)
 
     def _is_over(self, late: bool) -> bool:
-        if self._board.open or not self._is_searched(late):
+        if self._board.held or not self._is_searched(late):
             return False
         return all(job in self._board.confirm for job in self.wanted())

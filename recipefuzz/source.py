@@ -13,9 +13,21 @@ import yaml
 from recipefuzz.errors import InputError, Place
 
 EXPONENT = re.compile(r"^[-+]?\d[\d_]*(?:\.\d*)?[eE][-+]?\d+$")  # YAML 1.2 needs no dot, PyYAML does
+HALF = re.compile("[\ud800-\udfff]")  # as YAML's "\ud83d" makes them; UTF-8 has none
 KeyPath = tuple[str | int, ...]
+MAX_BYTES = 2**18  # PyYAML reads 400 kB a second
+MAX_DIGITS = 10_000  # of a number: those to the base of 60 (1:1:1:...) take time by the square of their length
 MAX_NODES = 100_000  # a config has tens; aliases of aliases ("billion laughs") have more than fit in memory
 MAX_DEPTH = 100  # and an alias to what contains it has no end
+
+
+NUMBERS = ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
+UNFIT = (
+    ValueError,
+    LookupError,
+    AttributeError,
+    OverflowError,
+)  # PyYAML on `!!bool maybe`, `!!int ""`, `!!timestamp soon`
 
 
 class _Loader(yaml.SafeLoader):
@@ -40,7 +52,7 @@ def numbers_as_meant(value: Any) -> Any:
         return {key: numbers_as_meant(inner) for key, inner in value.items()}
     if isinstance(value, list):
         return [numbers_as_meant(inner) for inner in value]
-    return float(value) if isinstance(value, str) and EXPONENT.fullmatch(value) else value
+    return float(value.replace("_", "")) if isinstance(value, str) and EXPONENT.fullmatch(value) else value
 
 
 def parse_settings(settings: Iterable[str]) -> dict[str, Any]:
@@ -53,15 +65,25 @@ def parse_settings(settings: Iterable[str]) -> dict[str, Any]:
     for setting in settings:
         name, equals, text = setting.partition("=")
         try:
-            value = yaml.load(text, Loader=_Loader) if equals else setting  # noqa: S506 - a SafeLoader
-        except yaml.YAMLError:
-            value = [text]
-        if not equals or not name.strip() or isinstance(value, (dict, list)):
+            found[name.strip()] = _single_value(text)
+            known = bool(equals and name.strip())
+        except (yaml.YAMLError, RecursionError, *UNFIT):
+            known = False
+        if not known:
             raise InputError(
                 "not a setting", place=Place(key="--set"), found=setting, expected="axis=value, as in lr=0.3"
             )
-        found[name.strip()] = value
     return found
+
+
+def _single_value(text: str) -> Any:
+    loader = _Loader(text)
+    node = loader.get_single_node()
+    if node is None:
+        return None
+    if not isinstance(node, yaml.ScalarNode) or _fault(node):
+        raise ValueError("not a single value")
+    return loader.construct_document(node)
 
 
 def write_yaml(values: Mapping[str, Any]) -> str:
@@ -97,9 +119,10 @@ def read_yaml(path: Path) -> tuple[dict[str, Any], Source]:
     """
     text = _read_text(path)
     try:
-        root = yaml.compose(text, Loader=_Loader)
+        loader = _Loader(text)
+        root = loader.get_single_node()
         lines = _lines(root, str(path)) if root is not None else {}
-        data = yaml.load(text, Loader=_Loader)  # noqa: S506 - a SafeLoader
+        data = loader.construct_document(root) if root is not None else None
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         where = Place(str(path), mark.line + 1 if mark else None)
@@ -111,7 +134,7 @@ def read_yaml(path: Path) -> tuple[dict[str, Any], Source]:
         raise InputError(problem, place=where, fix=fix, detail=shown or "") from error
     except (yaml.YAMLError, RecursionError) as error:
         raise InputError(f"not YAML: {str(error).splitlines()[0]}", place=Place(str(path))) from error
-    except (ValueError, LookupError, AttributeError) as error:  # PyYAML on `!!bool maybe`, `!!timestamp soon`
+    except UNFIT as error:
         raise InputError("not plain data: a value does not fit its !!tag", place=Place(str(path))) from error
     if not isinstance(data, dict):
         raise InputError(
@@ -125,7 +148,11 @@ def read_yaml(path: Path) -> tuple[dict[str, Any], Source]:
 
 def _read_text(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8-sig")
+        with path.open("rb") as file:
+            content = file.read(MAX_BYTES + 1)  # of a device there would be no end
+        if len(content) > MAX_BYTES:
+            raise InputError(f"more than {MAX_BYTES // 1024} kB", place=Place(str(path)), expected="a config")
+        return content.decode("utf-8-sig")
     except FileNotFoundError as error:
         near = sorted(p.name for p in path.parent.glob("*.y*ml")) if path.parent.is_dir() else []
         fix = f"configs there: {', '.join(near[:8])}" if near else "recipefuzz init writes a config to start from"
@@ -134,6 +161,8 @@ def _read_text(path: Path) -> str:
         raise InputError(f"not UTF-8 text (byte {error.start})", place=Place(str(path))) from error
     except OSError as error:
         raise InputError(f"can't be read: {error.strerror}", place=Place(str(path))) from error
+    except ValueError as error:  # a path with a NUL in it
+        raise InputError("no such file", place=Place(str(path))) from error
 
 
 def _lines(root: yaml.Node, file: str) -> dict[KeyPath, int]:
@@ -143,6 +172,7 @@ def _lines(root: yaml.Node, file: str) -> dict[KeyPath, int]:
         path, node = waiting.pop()
         if len(path) > MAX_DEPTH:
             raise InputError(f"nested more than {MAX_DEPTH} deep", place=Place(file, node.start_mark.line + 1))
+        _refuse_faulty(node, file)
         for key, child, line in _children(node, path, file):
             lines[(*path, key)] = line
             waiting.append(((*path, key), child))
@@ -158,9 +188,10 @@ def _children(node: yaml.Node, path: KeyPath, file: str) -> list[tuple[str | int
         return []
     found: dict[str, tuple[str | int, yaml.Node, int]] = {}
     for key, child in node.value:
+        _refuse_faulty(key, file)
         line = key.start_mark.line + 1
         name = str(key.value) if isinstance(key, yaml.ScalarNode) else ""
-        if name in found and name != "<<":
+        if name in found:  # "<<" too: each would double what the one before it brought in
             first = found[name][2]
             raise InputError(
                 f"the key {name!r} stands here and in line {first}",
@@ -169,3 +200,17 @@ def _children(node: yaml.Node, path: KeyPath, file: str) -> list[tuple[str | int
             )
         found[name] = (name, child, line)
     return list(found.values())
+
+
+def _refuse_faulty(node: yaml.Node, file: str) -> None:
+    if problem := _fault(node):
+        raise InputError(problem, place=Place(file, node.start_mark.line + 1), found=node.value)
+
+
+def _fault(node: yaml.Node) -> str:
+    """What PyYAML takes, and we don't."""
+    if not isinstance(node, yaml.ScalarNode):
+        return ""
+    if node.tag in NUMBERS and len(node.value) > MAX_DIGITS:
+        return f"a number of more than {MAX_DIGITS} digits"
+    return "half of a character" if HALF.search(node.value) else ""

@@ -16,6 +16,7 @@ qmc, grid) ask it.
 from __future__ import annotations
 
 import logging
+import math
 import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -28,12 +29,13 @@ from optuna.storages.journal import BaseJournalBackend
 from optuna.trial import FrozenTrial, TrialState
 
 from recipefuzz.config import SearchConfig
-from recipefuzz.entry_log import EntryLog
-from recipefuzz.errors import InputError, Place
+from recipefuzz.entry_log import EntryLog, not_replayed, replayed
+from recipefuzz.errors import shorten
 from recipefuzz.journal import Journal
 from recipefuzz.peak import Peak
 from recipefuzz.recipe import Scalar
-from recipefuzz.result import Phase, TrialResult
+from recipefuzz.records import read_plain, read_record
+from recipefuzz.result import Phase, TrialResult, check_values
 from recipefuzz.sampling import BlockTPE, Seen, at_random, distribution, mixed_seed, sampler, total
 from recipefuzz.space import Space
 from recipefuzz.trial_log import ELAPSED, META, PEAK, RESULT, TrialLog
@@ -66,21 +68,19 @@ class Store:
     def __init__(self, log: EntryLog | Path, *, write: bool) -> None:
         self._journal = Journal(log, write=write) if isinstance(log, Path) else log
         try:
-            self._journal.catch_up()
-            self._storage = optuna.storages.JournalStorage(cast("BaseJournalBackend", self._journal))
-            self._studies = {s.study_name: s for s in self._storage.get_all_studies()}
-        except Exception as error:
+            with replayed(self._journal.name):
+                self._journal.catch_up()
+                self._storage = optuna.storages.JournalStorage(cast("BaseJournalBackend", self._journal))
+                self._studies = {s.study_name: s for s in self._storage.get_all_studies()}
+        except BaseException:
             self._journal.close()
-            raise InputError(
-                f"the run's journal can't be replayed ({type(error).__name__}: {error})",
-                place=Place(self._journal.name),
-                fix="restore the file from a copy, or start again with --fresh (the old folder is kept)",
-            ) from error
+            raise
 
     def meta(self) -> dict[str, Any]:
         """What `begin` was given when the run was new; empty for a run that has not begun."""
         study = self._studies.get(Phase.SEARCH)
-        return dict(study.user_attrs.get(META, {})) if study else {}
+        with replayed(self._journal.name):
+            return dict(read_plain(study.user_attrs.get(META, {}))) if study else {}
 
     def begin(self, meta: Mapping[str, Any], space: Space, search: SearchConfig, window: int) -> StudySearch:
         """Start or resume the search.
@@ -95,7 +95,8 @@ class Store:
             studies[Phase.SEARCH].set_user_attr(WINDOW, window)
             studies[Phase.SEARCH].set_user_attr(META, dict(meta))
         self._journal.flush()
-        return StudySearch(studies[Phase.SEARCH], studies[Phase.CONFIRM], self._journal, space, search)
+        with replayed(self._journal.name):
+            return StudySearch(studies[Phase.SEARCH], studies[Phase.CONFIRM], self._journal, space, search)
 
     def _study(self, phase: Phase) -> optuna.Study:
         """Loaded, or made: `create_study(load_if_exists=True)` would write an entry each time."""
@@ -109,18 +110,21 @@ class Store:
         for phase in Phase:
             if phase in self._studies:
                 study_id = self._studies[phase]._study_id  # noqa: SLF001
-                found += _results(self._storage.get_all_trials(study_id, deepcopy=False))
+                with replayed(self._journal.name):
+                    found += _results(self._storage.get_all_trials(study_id, deepcopy=False), phase)
         return found
 
     def seconds(self) -> float:
         """Time that the search had taken when its last trial was recorded."""
         study = self._studies.get(Phase.SEARCH)
-        return _elapsed(self._storage.get_all_trials(study._study_id, deepcopy=False)) if study else 0.0  # noqa: SLF001
+        with replayed(self._journal.name):
+            return _elapsed(self._storage.get_all_trials(study._study_id, deepcopy=False)) if study else 0.0  # noqa: SLF001
 
     def peak(self) -> Peak:
         """Memory that the run took, over all its restarts."""
         study = self._studies.get(Phase.SEARCH)
-        return Peak(**study.user_attrs.get(PEAK, {})) if study else Peak()
+        with replayed(self._journal.name):
+            return _peak(study.user_attrs) if study else Peak()
 
     def close(self) -> None:
         self._journal.close()
@@ -139,17 +143,20 @@ class StudySearch:
     ) -> None:
         self._study, self._confirm_id, self._journal = study, confirm._study_id, journal  # noqa: SLF001 - entries name ids
         self._space, self._search = space, search
-        self._window = int(study.user_attrs[WINDOW])
+        self._window = max(1, int(study.user_attrs[WINDOW]))
         self._block = max(1, self._window // 4)
         self._distributions = {name: distribution(axis) for name, axis in space.axes}
         trials, confirming = study.get_trials(deepcopy=False), confirm.get_trials(deepcopy=False)
         self._log = TrialLog(journal, study._study_id, self._distributions, _count(study))  # noqa: SLF001
         self._ids = [t._trial_id for t in trials]  # noqa: SLF001
         self._told = next((t.number for t in trials if t.state not in FINISHED), len(trials))
-        self._recorded = {t.number: r for t in trials if (r := _result(t)) is not None}
-        self._confirmed = _results(confirming)
+        self._recorded = {t.number: r for t in trials if (r := _result(t, Phase.SEARCH)) is not None}
+        self._confirmed = _results(confirming, Phase.CONFIRM)
+        check_values(self.results, space)
+        if lost := [t.number for t in trials if t.state.is_finished() and t.number not in self._recorded]:
+            raise ValueError(f"trial {lost[0]} is finished, and has no result")
         self._seconds = _elapsed(trials)
-        self._peak = Peak(**study.user_attrs.get(PEAK, {}))
+        self._peak = _peak(study.user_attrs)
         self._unfinished = [
             Asked(t.number, {name: t.params[name] for name in space.names})
             for t in trials[self._told :]
@@ -199,7 +206,7 @@ class StudySearch:
 
     def _ask_storage(self, number: int) -> Asked:
         """A trial of a sampler that looks into Optuna's storage, and leaves there what it has to remember."""
-        with warnings.catch_warnings():
+        with replayed(self._journal.name), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # experimental samplers, and samplers that take choices one by one
             self._study.sampler = sampler(self._search, self._space, number)
             trial = self._study.ask()
@@ -208,7 +215,10 @@ class StudySearch:
         self._ids.append(trial._trial_id)  # noqa: SLF001
         self._log.trials += 1
         self._seen.ask([trial.params])
-        return Asked(number, {name: trial.params[name] for name in self._space.names})
+        asked = {name: trial.params[name] for name in self._space.names}
+        if trial.number != number or not self._space.contains(asked):
+            raise not_replayed(self._journal.name, f"the sampler has drawn {shorten(asked)} for trial {number}")
+        return Asked(number, asked)
 
     @property
     def seconds(self) -> float:
@@ -260,20 +270,30 @@ class StudySearch:
 
 
 def _count(study: optuna.Study) -> int:
-    """Trials of all studies of a journal."""
-    storage = study._storage  # noqa: SLF001 - no public name for the storage of a study
-    studies = storage.get_all_studies()
-    return sum(len(storage.get_all_trials(s._study_id, deepcopy=False)) for s in studies)  # noqa: SLF001
+    """Trials of all studies of a journal, those that somebody has deleted too: they keep their ids."""
+    return len(study._storage._replay_result._trials)  # type: ignore[attr-defined]  # noqa: SLF001 - JournalStorage's
 
 
-def _result(trial: FrozenTrial) -> TrialResult | None:
+def _result(trial: FrozenTrial, phase: Phase) -> TrialResult | None:
     record = trial.user_attrs.get(RESULT)
-    return TrialResult.from_record(record) if record is not None else None
+    if record is None:
+        return None
+    found = TrialResult.from_record(record)
+    if found.phase is not phase or (phase is Phase.SEARCH and found.trial != trial.number):
+        raise ValueError(f"trial {trial.number} has the result of another one")
+    return found
+
+
+def _peak(attributes: Mapping[str, Any]) -> Peak:
+    return read_record(Peak, attributes.get(PEAK, {}))
 
 
 def _elapsed(trials: Iterable[FrozenTrial]) -> float:
-    return max((float(t.user_attrs.get(ELAPSED, 0.0)) for t in trials), default=0.0)
+    found = [float(t.user_attrs.get(ELAPSED, 0.0)) for t in trials]
+    if not all(map(math.isfinite, found)):
+        raise ValueError("a time that is not finite")
+    return max(found, default=0.0)
 
 
-def _results(trials: Iterable[FrozenTrial]) -> list[TrialResult]:
-    return [r for trial in trials if (r := _result(trial)) is not None]
+def _results(trials: Iterable[FrozenTrial], phase: Phase) -> list[TrialResult]:
+    return [r for trial in trials if (r := _result(trial, phase)) is not None]

@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import Any
 
-from optuna.distributions import BaseDistribution, distribution_to_json
+from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.storages.journal._storage import JournalOperation
 from optuna.trial import TrialState
 
-from recipefuzz.entry_log import EntryLog
+from recipefuzz.entry_log import ENCODER, EntryLog
 from recipefuzz.recipe import Scalar
 from recipefuzz.result import TrialResult
 from recipefuzz.sampling import objective
@@ -34,11 +34,13 @@ class TrialLog:
     ) -> None:
         self._journal, self._study_id, self.trials = journal, study_id, trials
         self._distributions = distributions
-        self._as_json = {name: distribution_to_json(axis) for name, axis in distributions.items()}
+        self._as_json = {name: _brief(axis) for name, axis in distributions.items()}
 
-    def asked(self, recipe: Mapping[str, Scalar]) -> int:
+    def asked(self, recipe: Mapping[str, Scalar], attributes: Mapping[str, Any] | None = None) -> int:
         params = {name: axis.to_internal_repr(recipe[name]) for name, axis in self._distributions.items()}
-        return self._create(self._study_id, TrialState.RUNNING, distributions=self._as_json, params=params)
+        fields = {"user_attrs": dict(attributes)} if attributes else {}
+        state = TrialState.RUNNING
+        return self._create(self._study_id, state, distributions=self._as_json, params=params, **fields)
 
     def begun(self, study_id: int, attributes: Mapping[str, Any]) -> None:
         self._create(study_id, TrialState.RUNNING, user_attrs=dict(attributes))
@@ -82,6 +84,20 @@ class TrialLog:
 
     def _add(self, operation: JournalOperation, **fields: Any) -> None:
         self._journal.append_logs([{"op_code": int(operation), "worker_id": WRITER, **fields}])
+
+
+def _brief(axis: BaseDistribution) -> str:
+    """In the shorter one of the two forms that Optuna's `json_to_distribution` reads: it is repeated in each trial."""
+    if isinstance(axis, CategoricalDistribution):
+        return ENCODER.encode({"type": "categorical", "choices": axis.choices})
+    assert isinstance(axis, (FloatDistribution, IntDistribution))
+    fields: dict[str, Any] = {"type": "float" if isinstance(axis, FloatDistribution) else "int"}
+    fields |= {"low": axis.low, "high": axis.high}
+    if axis.log:
+        fields["log"] = True
+    elif axis.step is not None:
+        fields["step"] = axis.step
+    return ENCODER.encode(fields)
 
 
 def _now() -> str:

@@ -80,7 +80,7 @@ def search_shared(config: Config, task: Task, folder: RunFolder, listener: Liste
 
 def finish(config: Config, folder: RunFolder, listener: Listener) -> SearchResult:
     """Explain the failures of a run and write its tables, when its workers are done."""
-    results, _, peak = folder.read()
+    results, _, peak = folder.read(config.axes)
     explain(config, resolve(config), folder, results, listener)
     return report(folder, config, results, peak)
 

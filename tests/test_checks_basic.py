@@ -122,6 +122,7 @@ def test_no_false_alarm_on_built_in_models(write_study, name, model, loss, recip
 # data
 
 ONES = torch.ones(200, dtype=torch.long)
+TOKENS = torch.randint(0, 50, (200, 9), generator=torch.Generator().manual_seed(0))
 DATA_FAULTS = {
     "nan row": (with_data(put(X, (7, 2), float("nan"))), Level.FAIL, "x_train .* row 7, column 2 .*1 such values"),
     "nan held out": (with_data(x_test=put(X_TEST, 3, float("inf"))), Level.FAIL, "x_test .* row 3"),
@@ -135,6 +136,11 @@ DATA_FAULTS = {
     "untested": (with_data(x_test=X_TEST[:50], y_test=LABELS_TEST[:50] * 0), Level.WARN, "held-out set lacks class 1"),
     "balance": (with_data(y=put(ONES, slice(0, 9), 0), y_test=ONES[:60]), Level.WARN, "class 1 makes up 95.5%"),
     "leak": (with_data(x_test=X[:60], y_test=LABELS[:60]), Level.FAIL, "60 of 60 held-out rows are training rows"),
+    "not shifted": (
+        with_data(TOKENS[:150], TOKENS[:150], TOKENS[150:], TOKENS[150:]),
+        Level.WARN,
+        "target is its own input",
+    ),
     "float64": (with_data(X.double(), x_test=X_TEST), Level.WARN, "x_train is float64"),
 }
 
@@ -155,8 +161,9 @@ def test_faults_of_the_data_are_named(fault):
         with_data(y=Y * 400, y_test=Y_TEST * 400, loss="mse", target_norm="standardize"),
         with_data(X.clamp_min(0) * (torch.arange(6) > 0), x_test=X_TEST.clamp_min(0)),  # a blank column
         with_data(X, x_test=put(X_TEST, 0, X[0]), y_test=put(LABELS_TEST, 0, (LABELS[0] + 1) % 3)),  # other targets
+        with_data(TOKENS[:150, :-1], TOKENS[:150, 1:], TOKENS[150:, :-1], TOKENS[150:, 1:]),
     ],
-    ids=["scaled inputs", "scaled targets", "blank", "equal inputs"],
+    ids=["scaled inputs", "scaled targets", "blank", "equal inputs", "next tokens"],
 )
 def test_what_is_scaled_or_usual_passes(well):
     assert only(data.check(well)).level is Level.PASS

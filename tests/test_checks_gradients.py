@@ -230,6 +230,19 @@ def test_a_straight_through_estimator_is_told_and_is_no_failure(patient_of):
     assert "straight-through" in finding.seen
 
 
+def test_of_a_deep_model_what_was_compared_is_said(patient_of, monkeypatch):
+    """A sample of the groups; a custom Function is compared wherever it stands."""
+    monkeypatch.setattr(gradients, "MOST", 4)
+
+    def deep(factor):
+        return stack(*(nn.Linear(8, 8) for _ in range(7)), Apply(scaled_backward(factor)))
+
+    seen = found(patient_of(lambda: deep(1.0))).seen
+    assert "in 4 of 10 parameter groups, spread over the model, and 1 custom Functions" in seen
+    assert "module 9 (Apply)" in found(patient_of(lambda: deep(1.01))).seen
+    assert "in 3 parameter groups (" in found(patient_of(stack)).seen
+
+
 # no false alarms
 
 
@@ -421,6 +434,13 @@ def test_code_that_can_not_learn_ten_rows_fails_with_its_table(patient_of, monke
     assert "suspect the code or the labels" in finding.todo
     assert finding.evidence["cause"] == "cannot_overfit"
     assert len(finding.lines) == 12
+
+
+def test_where_time_is_short_nothing_is_claimed(patient_of, monkeypatch):
+    monkeypatch.setattr(overfit, "SECONDS", 0.0)
+    (finding,) = overfit.check(patient_of(lambda: nn.Sequential(stack(), nn.Hardtanh(-20, -10))))
+    assert (finding.level, finding.evidence["cause"]) == (Level.PASS, "")
+    assert finding.seen.startswith("not decided in 0 s of computing: best skill")
 
 
 def test_shuffled_labels_are_learned_by_heart_and_do_not_follow(patient_of, monkeypatch):

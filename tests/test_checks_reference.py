@@ -241,7 +241,7 @@ def test_files_of_another_kind(against, tmp_path, file, content):
 def test_a_single_array_is_no_reference(against, tmp_path):
     with (tmp_path / "right.npz").open("wb") as file:
         np.save(file, np.zeros(3))
-    with pytest.raises(InputError, match="can't be read: it holds a single array"):
+    with pytest.raises(InputError, match="can't be read: File is not a zip file"):
         against(file="right.npz")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import time
@@ -93,6 +94,27 @@ def test_there_is_no_cache_where_none_can_be_written(monkeypatch, tmp_path):
     assert aot.cache_folder() == tmp_path / "cache" / "recipefuzz" / "compiled"
     (tmp_path / "file").touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    assert aot.cache_folder() is None
+
+
+@pytest.mark.parametrize("part", ["recipefuzz", "recipefuzz/compiled"])
+@pytest.mark.parametrize("mode", [0o777, 0o770, 0o702])
+def test_a_cache_that_others_may_write_to_is_none(monkeypatch, tmp_path, part, mode):
+    """What lies in it is machine code, and is run."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    before = os.umask(0o002)
+    try:
+        assert aot.cache_folder() == tmp_path / "recipefuzz" / "compiled"
+    finally:
+        os.umask(before)
+    (tmp_path / part).chmod(mode)
+    assert aot.cache_folder() is None
+
+
+def test_a_cache_of_another_user_is_none(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert aot.cache_folder() is not None
+    monkeypatch.setattr(os, "getuid", lambda: tmp_path.stat().st_uid + 1)
     assert aot.cache_folder() is None
 
 

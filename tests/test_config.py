@@ -815,7 +815,7 @@ BUILT = {
         "FILE:2: trial.seed: input should be less than 2147483648",
     ),
     "long time": (f"{TARGET}search: {{time: {'9' * 400}}}\n", "FILE:2: search.time: input should be a valid number"),
-    "half a character": (f'{TARGET}study: "\\ud800"\n', "FILE:2: study: input should be a valid string"),
+    "half a character": (f'{TARGET}study: "\\ud800"\n', "FILE:2: half of a character"),
 }
 
 

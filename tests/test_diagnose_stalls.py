@@ -15,6 +15,7 @@ from recipefuzz.diagnose.patient import Patient
 from recipefuzz.diagnose.relation import explainable, neighbours_skill, same_targets, varied
 from recipefuzz.diagnose.remedies import Applies, Remedy, for_stall
 from recipefuzz.diagnose.signals import Signals, Weight, signals
+from recipefuzz.diagnose.stalls import to_the_point
 from recipefuzz.diagnose.symptoms import (
     Findings,
     cause_in_code,
@@ -309,6 +310,17 @@ def patient_of(write_study, monkeypatch):
 
     monkeypatch.setattr("recipefuzz.diagnose.overfit.STEPS", 100)
     return make
+
+
+def test_a_change_of_the_axis_that_the_cause_names_is_the_fix(patient_of):
+    """Larger weights make up for too low a rate, by a smaller step of their ladder; it is the rate that is turned."""
+    patient = patient_of(mlp, lr=1e-5)
+    named = [Fix("", values, "converging", 0.9, 3, 3) for values in ({"init_scale": 3.0}, {"lr": 0.1}, {"lr": 1.0})]
+    failing = Fix("", {"lr": 2e-5}, "stalled", 0.0, 1, 0)
+    order = [dict(f.values) for f in to_the_point("lr_too_low", (*named, failing))]
+    assert order == [{"lr": 0.1}, {"lr": 1.0}, {"init_scale": 3.0}, {"lr": 2e-5}]
+    assert to_the_point("vanishing_gradients", tuple(named)) == tuple(named)
+    assert diagnose_trial(patient).fix.values.keys() == {"lr"}
 
 
 def clamped():

@@ -15,7 +15,7 @@ from test_cli import cli
 from torch import nn
 
 import recipefuzz
-from recipefuzz import searching
+from recipefuzz import searched
 from recipefuzz.diagnose import remedies
 from recipefuzz.diagnose.patient import Patient
 from recipefuzz.diagnose.remedies import Applies, Remedy
@@ -437,6 +437,14 @@ def test_further_seeds_are_run_of_the_smallest_that_work():
     assert not fixes[-1].works  # one run may be luck
 
 
+def test_the_change_that_is_asked_for_is_confirmed_however_large_it_is():
+    """A rate's ladder is long: six smaller changes of other axes must not keep it from being run on further seeds."""
+    many = [Remedy({"init_scale": 1.0 / size}, size) for size in range(1, 12)] + [Remedy({"lr": 1.0}, 12)]
+    fixes = remedies.tried(Recipe(), 0, many, runner(lambda *_: True, []), lambda r: "lr" in r.values)
+    assert [dict(f.values) for f in fixes if f.works][-1] == {"lr": 1.0}
+    assert sum(f.works for f in fixes) == remedies.CONFIRMED
+
+
 # the smallest failing difference
 
 SAFE = Recipe.of({"lr": 0.01})
@@ -557,7 +565,7 @@ def test_a_search_explains_its_failures_and_keeps_what_it_found(study, monkeypat
     assert "a trial from 0 to 7" in err
 
     # a resumed search does not ask again
-    monkeypatch.setattr(searching, "diagnose_stored", lambda *_: pytest.fail("it is known"))
+    monkeypatch.setattr(searched, "diagnose_stored", lambda *_: pytest.fail("it is known"))
     again = recipefuzz.search(study)
     assert again.diagnoses == result.diagnoses
     monkeypatch.undo()
@@ -601,7 +609,7 @@ def test_buckets_are_joined_where_their_diagnoses_agree():
     bug = Diagnosis("nan", "code", "log_of_zero", "loss", "log", file="/a/model.py", line=3, advice="clamp it")
     found = buckets(results, AXES, {2: bug, 5: bug})
     assert [(b.trials, b.cause, b.place, b.example.trial) for b in found] == [(7, "log_of_zero", "model.py:3", 2)]
-    assert str(found[0]) == "7 trials: log_of_zero at model.py:3"
+    assert str(found[0]) == "7 trials like trial 2: log_of_zero at model.py:3 (trial 2 diagnosed)"
     row = failures_frame(found).iloc[0]
     assert (row.root, row.op, row.line, row.fix) == ("code", "log", 3, "clamp it")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from torch import nn
 
 from recipefuzz import cli
 from recipefuzz.axes import parse_space
+from recipefuzz.checks.every import CHECKS
 from recipefuzz.config import load_config, parse_config
 from recipefuzz.engines.predictions import SAMPLED, Kind, predictions
 from recipefuzz.errors import InputError
@@ -260,6 +262,14 @@ def test_each_rung_starts_where_the_last_one_was_safe(tmp_path: Path) -> None:
     assert len(first.trials) == len(second.trials) == 8
     again = [rung.results for rung in ladder(path)]  # resumed: nothing is trained, nothing is refused
     assert again == [first.results, second.results]
+
+
+def test_the_cheap_checks_of_a_rung_are_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = []
+    counted = replace(CHECKS[0], run=lambda patient: made.append(patient) or [])
+    monkeypatch.setattr("recipefuzz.checks.every.CHECKS", (counted,))
+    (rung,) = ladder(write(tmp_path, '"mine:linear"'))
+    assert (rung.failure, len(made)) == ("", 1)
 
 
 def command(*arguments: str) -> tuple[int, str, str]:

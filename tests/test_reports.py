@@ -22,6 +22,7 @@ from rich.console import Console
 from recipefuzz.atomic import write_atomically
 from recipefuzz.axes import TAKEN
 from recipefuzz.config import Config, load_config, parse_config
+from recipefuzz.diagnosis import Diagnosis, Root
 from recipefuzz.errors import InputError, RunFailedError
 from recipefuzz.peak import Peak
 from recipefuzz.ranking import best, rank
@@ -349,6 +350,15 @@ def failed(number: int, lr: float, **more) -> TrialResult:
     )
 
 
+def test_a_bucket_says_whose_diagnosis_it_shows():
+    trials = [failed(i, 5.0, verdict="nan", cause="exploding_activations") for i in range(3)]
+    diagnoses = {1: Diagnosis("nan", Root.RECIPE, "exploding_parameters")}
+    (bucket,) = buckets(trials, SPACE, diagnoses)
+    assert str(bucket) == "3 trials like trial 1: exploding_parameters (trial 1 diagnosed)"
+    (alone,) = buckets(trials[1:2], SPACE, diagnoses)
+    assert str(alone) == "1 trial: exploding_parameters"
+
+
 def test_buckets():
     trials = [
         *[failed(i, 5.0, verdict="nan", cause="exploding_parameters", reason=f"at step {i}") for i in range(4)],
@@ -605,6 +615,12 @@ def test_atomic_file_is_as_any_other(tmp_path):
     assert path.read_bytes() == b"lines\nend in \\n, \xc3\xa4, and half a character: \\ud800\n"
     (tmp_path / "plain").touch()
     assert path.stat().st_mode == (tmp_path / "plain").stat().st_mode
+    before = os.umask(0o077)
+    try:
+        write_atomically(path, "for my eyes")
+    finally:
+        os.umask(before)
+    assert path.stat().st_mode & 0o777 == 0o600
     with pytest.raises(RunFailedError, match=r"missing/file\.txt: can't write the file: No such file or directory"):
         write_atomically(tmp_path / "missing" / "file.txt", "")
 

@@ -59,7 +59,8 @@ def in_order(trials: pd.DataFrame) -> pd.DataFrame:
     return pd.concat([search, confirm.sort_values(["trial", "seed"])]).reset_index(drop=True)
 
 
-def test_a_search_finds_confirms_and_ranks(study: dict) -> None:
+def test_a_search_finds_confirms_and_ranks(study: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DATABASE_PASSWORD", "hunter2")
     result = recipefuzz.search(study)
     trials = result.trials
     assert list(trials[trials.phase == "search"].trial) == list(range(12))
@@ -70,6 +71,7 @@ def test_a_search_finds_confirms_and_ranks(study: dict) -> None:
     assert result.best.lr == result.ranking.iloc[0].lr
     pasted = yaml.safe_load((result.folder / "recipe.yaml").read_text())["recipe"]
     assert pasted["lr"] == result.best.lr
+    assert not [p.name for p in result.folder.iterdir() if b"hunter2" in p.read_bytes()], "nothing of the environment"
     assert sorted(p.name for p in result.folder.iterdir()) == [
         "config.yaml", "diagnoses.json", "failures.csv", "ranking.csv", "recipe.yaml", "study.journal", "trials.csv",
     ]  # fmt: skip

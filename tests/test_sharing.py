@@ -19,14 +19,17 @@ from hypothesis import strategies as st
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 
-from recipefuzz.board import Item
+from recipefuzz import journal, sharing
+from recipefuzz.board import Board, Item
 from recipefuzz.config import parse_config
 from recipefuzz.entry_log import Cursor, TurnLostError
 from recipefuzz.errors import InputError, RunFailedError
 from recipefuzz.journal import Journal
 from recipefuzz.leases import Watch
-from recipefuzz.locks import Lock, _mount_options
+from recipefuzz.locks import Lock, _mount_options, is_held
+from recipefuzz.ranking import candidates
 from recipefuzz.result import Phase, TrialResult
+from recipefuzz.sampling import distribution, objective
 from recipefuzz.sharing import ALONE, SharedStudy
 from recipefuzz.stopping import Stop
 from recipefuzz.store import Store
@@ -368,6 +371,8 @@ def test_another_study_under_the_same_name_is_seen(tmp_path):
         '{"op_code":8,"trial_id":99,"user_attr":{"holder":["a",0]}}',
         '{"op_code":8,"trial_id":0,"user_attr":{"holder":7}}',
         '{"op_code":8,"trial_id":0,"user_attr":{"result":{"phase":"x"}}}',
+        '{"op_code":8,"trial_id":0,"user_attr":{"result":{"trial":1,"phase":"search","seed":0,"values":{},"error":"x"}}}',
+        '{"op_code":8,"trial_id":0,"user_attr":{"result":{"trial":0,"phase":"search","seed":0,"values":{"lr":99},"error":"x"}}}',
         '{"op_code":5,"trial_id":0,"param_name":"no","param_value_internal":1}',
     ],
 )
@@ -376,8 +381,85 @@ def test_entries_that_make_no_sense_are_one_plain_error(tmp_path, entry):
     Worker(path, config, "a").turn(0)
     with path.open("a") as file:
         file.write(f'{entry[:-1]},"end":true}}\n')
-    with pytest.raises(InputError, match="an entry makes no sense"):
+    with pytest.raises(InputError, match="the run's journal can't be replayed"):
         Worker(path, config, "b")
+
+
+def test_optuna_reads_the_same_recipes_values_and_axes(tmp_path):
+    path, space = (
+        tmp_path / "study.journal",
+        {
+            "lr": {"low": 1e-4, "high": 10, "log": True},
+            "clip_norm": [None, 1, 2.5],
+            "warmup_steps": {"low": 0, "high": 100, "step": 10},
+            "batch_size": {"low": 1, "high": 64, "log": True},
+            "init_scale": {"low": 0.5, "high": 2.0, "step": 0.25},
+            "optimizer": ["sgd", "adam"],
+        },
+    )
+    config = parse_config(study_config(12, top=0, sampler="tpe").resolved() | {"space": space})
+    finish_all(path, config)
+    results = Store(path, write=False).results()
+    trials = optuna.load_study(study_name=Phase.SEARCH, storage=JournalStorage(JournalFileBackend(str(path)))).trials
+    assert len(trials) == len(results) == 12
+    for trial, result in zip(trials, results, strict=True):
+        assert trial.params == {name: result.values[name] for name in space}
+        assert trial.distributions == {name: distribution(axis) for name, axis in config.axes.axes}
+        assert trial.values == (None if result.error else [objective(result)[0]])
+
+
+def test_those_who_ask_at_the_same_moment_get_different_recipes(tmp_path, monkeypatch):
+    path, config = tmp_path / "study.journal", study_config(40, top=0, sampler="tpe")
+    one, two = (Worker(path, config, name) for name in "ab")
+    while len(one.study.results) < 15:
+        one.turn(len(one.held))
+        two.turn(len(two.held))
+    alone, asked = one.log._alone, []
+
+    def after_the_other():
+        if not asked:  # the sampler has been asked already, and knows nothing of these
+            asked.append(len(two.held))
+            two.turn(len(two.held))
+        return alone()
+
+    monkeypatch.setattr(one.log, "_alone", after_the_other)
+    one.turn(len(one.held))
+    assert asked
+    assert one.held
+    assert two.held
+    assert not {item.values["lr"] for item in one.held} & {item.values["lr"] for item in two.held}
+    finish_all(path, config, {"a", "b"})
+    check(path, config)
+
+
+def test_nobody_waits_for_a_sync(tmp_path, monkeypatch):
+    path, config, held = tmp_path / "study.journal", study_config(6, top=0), []
+    monkeypatch.setattr(os, "fsync", lambda _: held.append(is_held(path)))
+    monkeypatch.setattr("recipefuzz.journal.SYNC_SECONDS", 0.0)
+    finish_all(path, config)
+    assert held
+    assert not any(held)
+
+
+def test_what_others_wrote_is_parsed_once_and_what_one_wrote_oneself_never(tmp_path, monkeypatch):
+    path, config = tmp_path / "study.journal", study_config(30, top=0)
+    one, two = (Worker(path, config, name) for name in "ab")
+    parse, parsed = journal._entries, []
+    monkeypatch.setattr(journal, "_entries", lambda content: parsed.append(len(content)) or parse(content))
+    begun = path.stat().st_size
+    while not (one.over and two.over):
+        one.turn(len(one.held))
+        two.turn(len(two.held))
+    written = path.stat().st_size - begun
+    assert 0.5 * written < sum(parsed) <= written + begun
+
+
+def test_candidates_are_looked_for_once(tmp_path, monkeypatch):
+    path, config, looked = tmp_path / "study.journal", study_config(10, top=2, seeds=4), []
+    monkeypatch.setattr(sharing, "candidates", lambda *args: looked.append(args) or candidates(*args))
+    worker = finish_all(path, config)
+    assert len(worker.study.results) == 18
+    assert len(looked) == 1
 
 
 # --- all of it, at random
@@ -443,6 +525,13 @@ class Crowd:
         return self.workers[self.chance.choice(sorted(self.workers))]
 
 
+def check_counts(board: Board) -> None:
+    left = [item for item in board.items.values() if item.result is None]
+    assert board.held == {h: {i.id: i for i in left if i.holder == h} for h in {i.holder for i in left}}
+    assert board.searching == len(left)
+    assert board.searched == len(board.items) - len(left)
+
+
 @settings(
     derandomize=True,
     deadline=None,
@@ -459,6 +548,8 @@ def test_any_schedule_of_faults_ends_with_each_trial_once(tmp_path_factory, seed
     known: dict[int, TrialResult] = {}
     for _ in range(40):
         chance.choice(acts)()
+        for worker in crowd.workers.values():
+            check_counts(worker.study._board)
         for result in Store(path, write=False).results() if path.exists() else ():
             assert known.setdefault(result.trial, result) == result, "a result was replaced"
     finish_all(path, config, crowd.gone | set(crowd.workers))

@@ -7,6 +7,7 @@ import errno
 import json
 import math
 import os
+import pickle
 import random
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import tracemalloc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Self
 
 import numpy as np
 import optuna
@@ -23,10 +25,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
+from optuna.storages.journal._base import BaseJournalSnapshot
 from optuna.trial import TrialState
 
-from recipefuzz import journal
+from recipefuzz import journal, sampling
 from recipefuzz.config import SearchConfig, parse_config
+from recipefuzz.entry_log import ENCODER
 from recipefuzz.errors import InputError, RunFailedError
 from recipefuzz.journal import SYNC_SECONDS, Journal
 from recipefuzz.locks import is_held
@@ -423,10 +427,11 @@ def test_time_that_was_spent_is_kept(tmp_path):
 
 def test_confirming_runs_come_after_the_search_and_are_known_again(tmp_path):
     path = tmp_path / "journal"
+    values = {"lr": 0.1, "width": 16, "dropout": 0.3, "clip_norm": None}
     runs = [
-        TrialResult(0, Phase.CONFIRM, 1, {"lr": 0.1}, "converging", score=0.5),
-        TrialResult(0, Phase.CONFIRM, 2, {"lr": 0.1}, "nan", first_bad=3),
-        TrialResult(0, Phase.CONFIRM, 3, {"lr": 0.1}, error="killed"),
+        TrialResult(0, Phase.CONFIRM, 1, values, "converging", score=0.5),
+        TrialResult(0, Phase.CONFIRM, 2, values, "nan", first_bad=3),
+        TrialResult(0, Phase.CONFIRM, 3, values, error="killed"),
     ]
     with opened(path, config(2)) as study:
         for run in runs:
@@ -513,7 +518,7 @@ def test_entries_that_make_no_sense_are_one_plain_error(tmp_path, entry):
     path = tmp_path / "journal"
     drive(path, config(3))
     with path.open("ab") as file:
-        file.write(json.dumps(entry | {"end": True}).encode() + b"\n")
+        file.write(ENCODER.encode(entry | {"end": True}).encode() + b"\n")
     with pytest.raises(InputError, match=r"journal: the run's journal can't be replayed \("):
         Store(path, write=True)
     assert not is_held(path)
@@ -536,8 +541,14 @@ def test_empty_and_torn_first_batches_begin_anew(tmp_path, plain):
 class Disk:
     """A file on a disk with room for so many bytes; if `stuck`, it can't be shortened either."""
 
-    def __init__(self, file, room: int, *, at_most: int = 10**9, stuck: bool = False) -> None:
-        self.file, self.room, self.at_most, self.stuck = file, room, at_most, stuck
+    def __init__(self, room: int, *, at_most: int = 10**9, stuck: bool = False) -> None:
+        self.room, self.at_most, self.stuck = room, at_most, stuck
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.file.close()
 
     def write(self, data: bytes) -> int:
         if not self.room:
@@ -556,6 +567,16 @@ class Disk:
 
     def fileno(self) -> int:
         return self.file.fileno()
+
+
+def put_on(disk: Disk, store: Store) -> None:
+    opened = store._journal._opened
+
+    def on_disk() -> Disk:
+        disk.file = opened()
+        return disk
+
+    store._journal._opened = on_disk
 
 
 class Syncs(list[int]):
@@ -696,12 +717,11 @@ def test_journal_keeps_no_entries_in_memory_and_hands_out_each_once(tmp_path):
 
 def test_short_writes_are_written_to_their_end(tmp_path, plain):
     store = Store(tmp_path / "journal", write=True)
-    store._journal._file = Disk(file := store._journal._file, 10**9, at_most=100)
+    put_on(Disk(10**9, at_most=100), store)
     study = store.begin(META, SPACE, config(5), 2)
     while asked := study.refill():
         for trial in asked:
             study.record(outcome(trial))
-    file.close()
     assert same(Store(tmp_path / "journal", write=False).results(), plain(config(5, window=2)))
 
 
@@ -713,8 +733,8 @@ def test_full_disk_leaves_the_file_as_it_was_and_the_store_usable(tmp_path, plai
     study = store.begin(META, SPACE, search, search.window)
     first, second = study.refill()
     study.record(outcome(first))
-    whole, file = path.read_bytes(), store._journal._file
-    store._journal._file = Disk(file, room, stuck=stuck)
+    whole, healthy = path.read_bytes(), store._journal._opened
+    put_on(Disk(room, stuck=stuck), store)
     with pytest.raises(
         RunFailedError, match=r"can't write the run's journal: No space left on device\n  fix: +everything"
     ):
@@ -722,7 +742,7 @@ def test_full_disk_leaves_the_file_as_it_was_and_the_store_usable(tmp_path, plai
     assert path.read_bytes()[: len(whole)] == whole
     assert stuck or path.read_bytes() == whole
     assert [r.trial for r in Store(path, write=False).results()] == [0]
-    store._journal._file = file  # room has been made
+    store._journal._opened = healthy  # room has been made
     while asked := study.refill():
         for trial in asked:
             study.record(outcome(trial))
@@ -734,10 +754,9 @@ def test_full_disk_then_another_process(tmp_path, plain):
     path, search = tmp_path / "journal", config(5, window=2)
     store = Store(path, write=True)
     study = store.begin(META, SPACE, search, search.window)
-    store._journal._file = Disk(file := store._journal._file, 700, stuck=True)
+    put_on(Disk(700, stuck=True), store)
     with pytest.raises(RunFailedError, match="No space left"):
         study.refill()
-    file.close()
     store._journal._held.close()
     assert same(drive(path, search), plain(search))
 
@@ -750,6 +769,81 @@ def test_journal_refuses_what_is_no_json(tmp_path):
     writer.close()
     assert (tmp_path / "journal").read_bytes() == b""
     assert writer.read_logs(0) == []
+
+
+# --- CMA-ES, which Optuna keeps as a pickle
+
+
+class Attack:
+    """Unpickled, it makes a folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __reduce__(self) -> tuple:
+        return os.mkdir, (str(self.folder),)
+
+
+def with_state(path: Path, state: Callable[[str], str]) -> None:
+    """Exchange the state in all trials that hold one."""
+    entries = [json.loads(line) for line in path.read_text().splitlines()]
+    assert any("cma:optimizer:0" in entry.get("system_attr", {}) for entry in entries)
+    for entry in entries:
+        attributes = entry.get("system_attr", {})
+        attributes.update({key: state(value) for key, value in attributes.items() if key == "cma:optimizer:0"})
+    path.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+
+
+def test_cma_es_proposes_the_same_as_optunas_and_keeps_no_pickle(tmp_path, monkeypatch):
+    """With ten numeric axes its state is longer than one attribute may be."""
+    space = Space((*SPACE.axes, *((f"x{i}", Range(0.0, 1.0)) for i in range(7))))
+    ours = drive(tmp_path / "ours", config(60, "cmaes"), space)
+    monkeypatch.setattr(sampling, "PlainCmaEs", optuna.samplers.CmaEsSampler)
+    assert same(ours, drive(tmp_path / "optuna's", config(60, "cmaes"), space))
+    entries = [json.loads(line).get("system_attr", {}) for line in (tmp_path / "ours").read_text().splitlines()]
+    states = [entry["cma:optimizer:0"] for entry in entries if "cma:optimizer:0" in entry]
+    assert len(states) > 3
+    assert all(state.startswith('{"_mean": [') for state in states)
+    assert any("cma:optimizer:1" in entry for entry in entries)
+
+
+def test_a_pickle_in_a_journal_is_refused_and_not_run(tmp_path, monkeypatch):
+    path, search = tmp_path / "journal", config(60, "cmaes")
+    drive(path, config(30, "cmaes"))
+    with_state(path, lambda _: pickle.dumps(Attack(tmp_path / "attacked")).hex())
+    with pytest.raises(
+        InputError, match=r"journal: the run's journal can't be replayed \(.*pickles are not read\)\n(.|\n)*--fresh"
+    ):
+        drive(path, search)
+    assert not (tmp_path / "attacked").exists()
+    monkeypatch.setattr(sampling, "PlainCmaEs", optuna.samplers.CmaEsSampler)  # it would have been run:
+    with pytest.raises(InputError, match="File exists"):
+        drive(path, search)
+    assert (tmp_path / "attacked").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        ({"_mean": [0.5]}, "does not fit the space: mean"),
+        ({"_C": [[1.0, 0.0], [0.0]]}, "not numbers as this version keeps them"),
+        ({"_sigma": 0.0}, "no step size"),
+        ({"_sigma": math.nan}, "does not fit the space: sigma"),
+        ({"_pc": [1e40, 0.0, 0.0]}, "does not fit the space: pc"),
+        ({"_g": -1}, "no generation"),
+        ({"_g": None}, "does not fit the space: g"),
+    ],
+)
+def test_a_state_of_cma_es_that_can_not_be_is_refused(tmp_path, change, why):
+    path = tmp_path / "journal"
+    drive(path, config(30, "cmaes"))
+    with_state(path, lambda state: json.dumps(json.loads(state) | change))
+    with pytest.raises(InputError, match=rf"can't be replayed \(ValueError: the state of CMA-ES .*{why}"):
+        drive(path, config(60, "cmaes"))
+
+
+def test_optuna_unpickles_no_snapshot_of_ours():
+    assert not issubclass(Journal, BaseJournalSnapshot)
 
 
 # --- what the sampler is told

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 import recipefuzz
+from recipefuzz.diagnose.rerun import calls, steady
 from recipefuzz.diagnosis import Diagnosis
 
 START = """\
@@ -789,3 +790,119 @@ def test_what_the_error_says(tmp_path):
 def test_help_does_not_import_torch():
     code = "import recipefuzz, sys; assert 'watch' in recipefuzz.__all__; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("optimizer", ["SGD", "AdamW"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("shape", [(3,), (3, 50_000), (2, 70_000)])
+def test_each_gradient_is_looked_at(optimizer, value, shape):
+    """A large and a small one, of either kind of optimizer; the loss is finite."""
+    weights = [nn.Parameter(torch.ones(shape)), nn.Parameter(torch.ones(5))]
+    for bad in weights:
+        opt = getattr(torch.optim, optimizer)(weights, lr=1e-3)
+        with recipefuzz.watch(nn.Identity(), opt, stop=False) as w:
+            for step in range(3):
+                opt.zero_grad()
+                hook = bad.register_hook(lambda g: g.index_fill(-1, torch.tensor(2), value)) if step == 1 else None
+                sum(p.mean() for p in weights).backward()
+                assert (w._pending is not None) == (step == 1)
+                if hook:
+                    hook.remove()
+                    opt.zero_grad()
+                opt.step()
+        assert w.diagnosis is None
+
+
+@pytest.mark.filterwarnings("ignore:Using backward")
+def test_gradients_are_left_as_they_are():
+    """Bit for bit, those that are part of a graph too."""
+    weight = nn.Parameter(torch.randn(1000))
+    optimizer = torch.optim.SGD([weight], lr=0.1)
+    bits = torch.cat([torch.tensor([-0.0, 1e-45, 3.4e38, -3.4e38]), torch.randn(996)])
+    with recipefuzz.watch(nn.Identity(), optimizer) as w:
+        (weight * bits).sum().backward()
+        assert torch.equal(weight.grad.view(torch.int32), bits.view(torch.int32))
+        optimizer.zero_grad()
+        weight.pow(3).sum().backward(create_graph=True)
+        (second,) = torch.autograd.grad(weight.grad.sum(), weight)
+    assert torch.allclose(second, 6 * weight)
+    assert w.diagnosis is None
+    weight.grad = None  # of a graph that holds it
+
+
+@pytest.mark.parametrize("kind", ["complex", "expanded"])
+def test_gradients_that_are_read_another_way(kind):
+    weight = nn.Parameter(torch.ones(4, dtype=torch.complex64 if kind == "complex" else torch.float32))
+    optimizer = torch.optim.SGD([weight], lr=1e-3)
+    with recipefuzz.watch(nn.Identity(), optimizer, stop=False) as w:
+        for scale in (1.0, 1.0, float("nan")):
+            weight.grad = torch.full((1,), scale, dtype=weight.dtype).expand(4)
+            optimizer.step()
+            assert (w.diagnosis is not None) == (scale != scale)
+
+
+def test_batch_norm_that_the_failing_batch_spoilt(tmp_path):
+    """Its statistics aren't copied at each step; the replay neither reads the spoilt ones nor writes them."""
+    found, names = diagnosed(
+        tmp_path,
+        """
+        model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Linear(8, 1))
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        class Net(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.body = model
+
+            def forward(self, x):
+                return self.body(x / x.abs().sum(1, keepdim=True))
+
+        net = Net()
+        loader[2][0][5] = 0
+        with recipefuzz.watch(net, optimizer, stop=False) as w:
+            for x, y in loader[:3]:
+                optimizer.zero_grad()
+                F.mse_loss(net(x), y).backward()
+                seen = model[1].running_mean.clone(), model[1].num_batches_tracked.item()
+                optimizer.step()
+        """,
+    )
+    assert (found.cause, found.step, found.phase) == ("division_by_zero", 3, "forward")
+    assert names["seen"][0].isnan().all()
+    assert names["model"][1].running_mean.isnan().all()
+    assert (names["seen"][1], names["model"][1].num_batches_tracked) == (3, 3)
+
+
+def test_batch_norm_that_was_spoilt_before(tmp_path):
+    """In evaluation it reads its statistics: they are the origin then."""
+    found, _ = diagnosed(
+        tmp_path,
+        """
+        norm = nn.BatchNorm1d(4).eval()
+        norm.running_mean[2] = float("nan")
+        net = nn.Sequential(norm, model)
+        with recipefuzz.watch(net, optimizer, stop=False) as w:
+            for x, y in loader:
+                optimizer.zero_grad()
+                F.mse_loss(net(x), y).backward()
+                optimizer.step()
+        """,
+    )
+    assert found.step == 1
+    assert "running_mean" in found.explanation
+
+
+def test_calls_end_at_the_function_that_watches():
+    """But not where that can pause, as a generator's callers change: then all are noted."""
+
+    def made(outermost: Any) -> list[str]:
+        return [code.co_name for code, _ in calls(sys._getframe(0), outermost=outermost)]
+
+    def watching() -> list[str]:
+        return made(steady(sys._getframe(0)))
+
+    def pausing() -> Any:
+        yield made(steady(sys._getframe(0)))
+
+    here = "test_calls_end_at_the_function_that_watches"
+    assert watching() == ["made", "watching"]
+    assert next(pausing())[:3] == ["made", "pausing", here]

@@ -120,7 +120,7 @@ def _apart(c: Curves) -> tuple[Name, str] | None:
         return None
     gap = c.gap(early[0])
     words = f"train is below held-out by {gap.mean:.3g} ± {SIGMA * gap.error:.1g} from step {c.at[early[0]]} on"
-    return Name.APART, f"{words}, before any row was seen twice; {_course(c)}"
+    return Name.APART, f"{words}, within the first pass over the rows; {_course(c)}"
 
 
 def _overfitting(c: Curves) -> tuple[Name, str] | None:

@@ -18,6 +18,7 @@ USUAL = 0.9  # share of one class, above which saying it always looks like learn
 
 def label_problems(loss_kind: str, train: Part, test: Part) -> Iterator[Problem]:
     """Of targets that are labels: integers, or zeros and ones for bce."""
+    yield from _copied(train)
     labels, held_out = _labels(train.y, loss_kind), _labels(test.y, loss_kind)
     if labels is None or held_out is None or not labels.numel():
         return
@@ -45,6 +46,15 @@ def _labels(y: Tensor | None, loss_kind: str) -> Tensor | None:
     if not labels.numel() or int(labels.min()) < 0 or int(labels.max()) > 10 * labels.numel():  # no classes: numbers
         return None
     return labels
+
+
+def _copied(train: Part) -> Iterator[Problem]:
+    """Tokens that are their own targets: of numbers that is an autoencoder, of tokens a shift that was left out."""
+    x, y = train.x, train.y
+    tokens = x is not None and y is not None and y.dim() > 1 and not y.is_floating_point()
+    if tokens and x is not None and y is not None and x.shape == y.shape and bool((x == y).all()):
+        seen = "each position's target is its own input: there is nothing to predict"
+        yield Problem(Level.WARN, seen, "to predict the next token: x = tokens[:, :-1], y = tokens[:, 1:] in load()")
 
 
 def _missing(counts: Tensor, others: Tensor, where: str, level: Level, todo: str) -> Iterator[Problem]:

@@ -61,7 +61,16 @@ def _finding(subject: Subject) -> Finding:
         return _iterating(culprits, wrong, compared)
     if wrong or culprits:
         return _bad(compared, wrong, culprits)
-    return _good(subject, [*compared, *(c for found in functions.values() for c in found)], len(groups), len(functions))
+    what = _what(len(chosen), len(groups), len(functions))
+    return _good(subject, [*compared, *(c for found in functions.values() for c in found)], what)
+
+
+def _what(chosen: int, groups: int, functions: int) -> str:
+    """What was compared: of a deep model a part of it."""
+    parts = f"{groups} parameter groups"
+    if chosen < groups:
+        parts = f"{chosen} of {parts}, spread over the model" + ("," if functions else "")
+    return parts + (f" and {functions} custom Functions" if functions else "")
 
 
 def _iterates(subject: Subject, culprits: list[Culprit]) -> bool:
@@ -172,11 +181,10 @@ def _table(compared: list[Compared], wrong: list[Compared]) -> tuple[str, ...]:
     return (f"{'module':<{width}}  {'backward':>12}  {'differences':>12}", *rows)
 
 
-def _good(subject: Subject, compared: list[Compared], groups: int, functions: int) -> Finding:
+def _good(subject: Subject, compared: list[Compared], what: str) -> Finding:
     judged = [c for c in compared if c.resolved(subject.precision)]
     apart = max((c.apart for c in judged), default=0.0)
-    parts = f"{groups} parameter groups" + (f" and {functions} custom Functions" if functions else "")
-    seen = f"backward pass and differences agree to {apart:.0e} in {parts} ({_mode(subject)})"
+    seen = f"backward pass and differences agree to {apart:.0e} in {what} ({_mode(subject)})"
     if len(judged) < len(compared):
         seen += f"; {len(compared) - len(judged)} of {len(compared)} too close to kinks or rounding to tell"
     evidence = {"apart": apart, "compared": len(compared), "judged": len(judged)}

@@ -7,13 +7,17 @@
     tolerance           largest difference that is none, a number: for outputs worked out by hand to a few digits
 
 A module that is called like one of these words can't be given.
+
+The file may be somebody else's: nothing in it is unpickled, and a small one does not unpack into a large one.
 """
 
 from __future__ import annotations
 
 import io
 import json
+import tokenize
 import zipfile
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,6 +32,9 @@ from recipefuzz.errors import InputError, Place
 Array = NDArray[Any]
 INPUT, WEIGHT, TOLERANCE, MODEL = "input", "weight:", "tolerance", "(model)"
 KINDS = (".npz", ".json")
+EXPANSION, FREE = 20, 2**26  # of a packed file, arrays of numbers rarely get to the first; small ones of zeros may
+PACKINGS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)  # numpy's; of the others, zipfile unpacks all at once
+BAD_ARCHIVE = (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError, tokenize.TokenError)
 
 
 @dataclass(frozen=True)
@@ -60,9 +67,11 @@ def read_reference(path: Path, place: Place) -> Reference:
     except FileNotFoundError as error:
         fix = "recipefuzz check CONFIG --record FILE writes one; the path counts from the config's folder"
         raise InputError("no such file", place=place, found=str(path), fix=fix) from error
-    except (OSError, ValueError, zipfile.BadZipFile, EOFError, RecursionError) as error:
+    except (OSError, ValueError, MemoryError, OverflowError, *BAD_ARCHIVE) as error:  # RecursionError is one of them
         expected = f"arrays by name, as {'a JSON object' if path.suffix == '.json' else 'numpy.savez writes them'}"
-        raise InputError(f"can't be read: {error}", place=place, found=str(path), expected=expected) from error
+        raise InputError(
+            f"can't be read: {error or 'too large'}", place=place, found=str(path), expected=expected
+        ) from error
     for name, array in arrays.items():
         if array.dtype.kind not in "fiub":
             problem = f"{path.name}: {name!r} is no array of numbers"
@@ -78,6 +87,14 @@ def _from_json(path: Path) -> dict[str, Array]:
 
 
 def _array(value: Any) -> Array:
+    """What holds more than numbers becomes an array of none: as text, each cell would be as long as the longest."""
+    waiting = [value]
+    while waiting:
+        one = waiting.pop()
+        if isinstance(one, list):
+            waiting += one
+        elif not isinstance(one, (int, float)):
+            return np.asarray(None)
     try:
         return np.asarray(value)
     except ValueError:  # rows of several lengths
@@ -85,11 +102,20 @@ def _array(value: Any) -> Array:
 
 
 def _from_npz(path: Path) -> dict[str, Array]:
-    file = np.load(path, allow_pickle=False)
-    if not isinstance(file, np.lib.npyio.NpzFile):
-        raise ValueError("it holds a single array")
-    with file:
-        return {name: file[name] for name in file.files}
+    with zipfile.ZipFile(path) as file:
+        entries, most = file.infolist(), max(FREE, EXPANSION * path.stat().st_size)
+        if sum(entry.file_size for entry in entries) > most:
+            raise ValueError(f"it unpacks to more than {most} bytes, {EXPANSION} times its size")
+        return {entry.filename.removesuffix(".npy"): _unpacked(file, entry) for entry in entries}
+
+
+def _unpacked(file: zipfile.ZipFile, entry: zipfile.ZipInfo) -> Array:
+    if entry.compress_type not in PACKINGS:
+        raise ValueError("it is packed in another way")
+    with file.open(entry) as packed:
+        content = io.BytesIO(packed.read(entry.file_size))  # without a number it may unpack more than it says
+    array: Array = np.lib.format.read_array(content, allow_pickle=False)
+    return array
 
 
 def _sorted(arrays: dict[str, Array], path: Path, place: Place) -> Reference:

@@ -1,7 +1,8 @@
 """What a step of the user's own loop began with, kept at a few microseconds a step, so that it can be replayed.
 
 Parameters need no copy: they change at the optimizer's step, and a step is looked at before that. Inputs are kept by
-reference, random numbers by their generators' states; of the large buffers only those that were written are copied.
+reference, random numbers by their generators' states; of the large buffers only those that were written are copied,
+and none of batch norm's, which it doesn't read while it trains.
 """
 
 from __future__ import annotations
@@ -12,10 +13,12 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from recipefuzz.diagnose.rerun import Calls
+from recipefuzz.diagnose.tensors import is_finite
 
-SMALL = 4096  # elements of a buffer that is copied at every step: batch norm's kernels write theirs unannounced
+SMALL = 4096  # elements of a buffer that is copied at every step: kernels, and writes to `data`, are unannounced
 MOST = 32  # forward passes of one step whose inputs are kept
 
 
@@ -45,16 +48,19 @@ class Moment:
         self._on_cuda = self._device.type == "cuda"
         self._model = model
         self._buffers = _Buffers(model)
+        self._state = torch.default_generator.get_state
         self._over = True
 
     def enter(self, args: tuple[Any, ...], kwargs: dict[str, Any], calls: Calls) -> None:
         """A forward pass begins; the first after a backward pass begins another step."""
         if self._over:
             self._over, self.backwards = False, 0
-            self.forwards.clear()
-            self._buffers.copy()
+            self.forwards = []
+            for buffer in self._buffers.copied:
+                buffer.copy()
         if len(self.forwards) < MOST:
-            self.forwards.append(Forward(args, kwargs, self.random(), calls))
+            random = self.random() if self._on_cuda else (self._state(),)
+            self.forwards.append(Forward(args, kwargs, random, calls))
 
     def leave(self) -> None:
         """A backward pass is over."""
@@ -95,12 +101,9 @@ class _Buffers:
     """A model's buffers and what they held at the step's start; a module may write them or bind them anew."""
 
     def __init__(self, model: nn.Module) -> None:
-        homes = [(m._buffers, name) for m in model.modules() for name, b in m._buffers.items() if b is not None]
-        self._all = [_Buffer(home, name) for home, name in homes]
-
-    def copy(self) -> None:
-        for buffer in self._all:
-            buffer.copy()
+        owners = [(m, name) for m in model.modules() for name, b in m._buffers.items() if b is not None]
+        self._all = [_Statistic(m, name) if _is_batch_norm(m) else _Buffer(m, name) for m, name in owners]
+        self.copied = [b for b in self._all if isinstance(b, _Buffer)]
 
     @contextmanager
     def back(self) -> Iterator[None]:
@@ -118,8 +121,9 @@ class _Buffers:
 class _Buffer:
     """One of them, by its place in its module."""
 
-    def __init__(self, home: dict[str, Tensor | None], name: str) -> None:
-        self.home, self.name = home, name
+    def __init__(self, owner: nn.Module, name: str) -> None:
+        self.home: dict[str, Tensor | None] = owner._buffers
+        self.name = name
         self._bind()
 
     def _bind(self) -> None:
@@ -142,3 +146,21 @@ class _Buffer:
         if now is self._seen and now is not None and now._version == self._version and not self._small:
             return now
         return None if self._kept is None else self._kept.clone()
+
+
+class _Statistic:
+    """A running statistic of batch norm: as it is now, or as it was at first where the failing batch has spoilt it."""
+
+    def __init__(self, owner: nn.Module, name: str) -> None:
+        self.home: dict[str, Tensor | None] = owner._buffers
+        self.name = name
+        self._owner, self._first = owner, owner.get_buffer(name).clone()
+
+    def earlier(self) -> Tensor:
+        now = self._owner.get_buffer(self.name)
+        return (self._first if self._owner.training and not is_finite(now) else now).clone()
+
+
+def _is_batch_norm(module: nn.Module) -> bool:
+    """Whether it writes its buffers in training and reads them in evaluation only: not so in a class of the user's."""
+    return isinstance(module, _BatchNorm) and type(module).forward is _BatchNorm.forward

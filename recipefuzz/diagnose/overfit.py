@@ -2,11 +2,16 @@
 
 A model of working code learns ten rows by heart, whatever they hold, under one learning rate or another. One that
 can't has something between its rows, its output and its loss that no recipe mends.
+
+All ten rows are a batch, so that nothing but the rate decides. Recipes are tried for a third of the steps first, and
+the whole length goes to the most promising before the others (as in successive halving: Jamieson & Talwalkar, AISTATS
+2016), first among the two likeliest rates. None is left out: the answer "it can't" rests on all of them.
 """
 
 from __future__ import annotations
 
 import math
+import time
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,13 +21,13 @@ from torch import Tensor
 from recipefuzz.diagnose.patient import Patient
 from recipefuzz.diagnose.relation import varied
 from recipefuzz.diagnose.remedies import Remedy
-from recipefuzz.engines.job import Job, Outcome
-from recipefuzz.engines.sequential import SequentialEngine
-from recipefuzz.evidence import below, skill_at_end
+from recipefuzz.diagnose.replay import Replay
+from recipefuzz.engines.baselines import Baselines
+from recipefuzz.errors import RAISED
+from recipefuzz.evidence import below
 from recipefuzz.recipe import Recipe, Scalar
-from recipefuzz.result import CURVE_POINTS
 from recipefuzz.targets.task import Rows, Task, only
-from recipefuzz.verdict import SOME, Budget
+from recipefuzz.verdict import SOME
 
 ROWS = 10
 BY_HEART = 0.9  # skill: a tenth of what a constant leaves open
@@ -30,6 +35,9 @@ HALF_WAY = 0.5  # where the least loss need not be 0: label smoothing, soft targ
 ANY = SOME  # of a user's own loss, whose least value isn't known: that of a VAE is far above 0
 RATES = (1e-3, 1e-2, 1e-4, 1e-1)  # of Adam, likeliest first
 STEPS = 300
+LIKELY = 2  # rates that nearly all models learn with
+TRIED = 3  # part of the steps that all recipes get first: one third
+EVERY = 10  # steps from one look at all rows to the next
 
 
 @dataclass(frozen=True)
@@ -41,15 +49,21 @@ class Overfit:
             if none was finite.
         goal: skill from which the rows count as known by heart.
         recipe: of that run.
-        runs: that were made: it ends with the first that learns the rows.
-        curve: of that run's loss, in 32 stretches.
+        runs: recipes that were tried.
+        steps: of that run, which ends when it knows the rows.
+        curve: of that run's loss, at every tenth step, in training mode.
+        recited: what the model gave at its end, and the targets, both as the recipe scales them; None without a run.
+        decided: whether there was time for all that the answer rests on.
     """
 
     skill: float
     goal: float
     recipe: Recipe
     runs: int
+    steps: int = 0
     curve: tuple[float, ...] = ()
+    recited: tuple[Any, Any] | None = None
+    decided: bool = True
 
     @property
     def works(self) -> bool:
@@ -61,40 +75,79 @@ class Overfit:
         return Remedy({k: v for k, v in mine.items() if v != its[k] and k != "batch_size"}, 1)
 
 
-def overfit(patient: Patient) -> Overfit:
+def overfit(patient: Patient, seconds: float = math.inf) -> Overfit:
     """Train on ten rows with Adam at several rates and the model's own initial weights, scaled data and not.
 
-    Costs at most eight runs of 300 steps on batches of no more than 32 rows, in this process.
+    Costs at most eight runs of 400 steps on ten rows, in this process.
+
+    Args:
+        seconds: of computing, not of waiting for other processes, after which no answer is better than a late one.
     """
-    task = _on_few_rows(patient.task)
-    y = _all(task.train)[1]
-    engine = SequentialEngine(task, Budget(STEPS, 0), patient.device)
-    best = Overfit(math.nan, _goal(patient.task, y), patient.recipe, 0)
-    for runs, recipe in enumerate(gentle_recipes(patient), start=1):
-        outcome = engine.train(Job(0, recipe, patient.seed, whole=True))
-        skill, curve = _skill(outcome), tuple(outcome.trace.curve(CURVE_POINTS))
-        better = best
-        if skill > best.skill or math.isnan(best.skill):
-            better = replace(best, skill=skill, recipe=recipe, curve=curve)
-        best = replace(better, runs=runs)
-        if best.works:
-            break
+    task, until = _on_few_rows(patient.task), time.process_time() + seconds
+    baselines, goal = Baselines(task, patient.device), _goal(patient.task, _all(task.train)[1])
+    best = Overfit(math.nan, goal, patient.recipe, 0)
+    recipes = gentle_recipes(patient)
+    likely = [recipe for recipe in recipes if recipe.lr in RATES[:LIKELY]]
+    for part in (likely, [recipe for recipe in recipes if recipe not in likely]):
+        skills = dict.fromkeys(part, 0.0)
+        for steps in (STEPS // TRIED, STEPS):
+            for recipe in sorted(part, key=lambda r: -skills[r]):  # stable: as they are, at first
+                run = _learned(replace(patient, task=task, recipe=recipe), baselines, steps, until)
+                best = _better(best, run, new=steps < STEPS)
+                if best.works:
+                    return best
+                if time.process_time() > until:
+                    return replace(best, decided=False)
+                skills[recipe] = -math.inf if run is None else run.skill
     return best
 
 
-def recited(patient: Patient, found: Overfit) -> tuple[Any, Any]:
-    """What the model gives for the rows at the end of the best run, and their targets; both as the recipe scales them.
+def _better(best: Overfit, run: Overfit | None, *, new: bool) -> Overfit:
+    """The one or the other, with one more recipe counted if it is new."""
+    chosen = best if run is None or run.skill <= best.skill else run
+    return replace(chosen, goal=best.goal, runs=best.runs + new)
 
-    In training or in eval mode, as the loss is lower. Costs that run once more.
-    """
-    patient = replace(patient, task=_on_few_rows(patient.task), recipe=found.recipe)
-    x, y = _all(patient.rows)
-    with patient.replaying() as replay, torch.no_grad():
-        with torch.enable_grad():
-            replay.run(STEPS)
+
+def _learned(patient: Patient, baselines: Baselines, steps: int, until: float) -> Overfit | None:
+    """One run, up to where it knows the rows; None where it can't be made, or does not stay finite."""
+    skills: list[float] = []
+    curve: list[float] = []
+    output: Any = None
+    try:
+        baseline = baselines.of(patient.recipe).loss
+        with patient.replaying() as replay:
+            x, y = _all(patient.rows)
+            for _ in range(steps // EVERY):
+                _stretch(replay, patient.rows)
+                losses, outputs = _looked_at(replay, x, y)
+                curve.append(losses[0])
+                loss, output = min(zip(losses, outputs, strict=True), key=lambda one: (math.isnan(one[0]), one[0]))
+                skills.append(below(baseline, loss, baseline))
+                if not math.isfinite(loss) or min(skills[-2:]) >= BY_HEART or time.process_time() > until:
+                    break
+    except RAISED:
+        return None
+    if not skills or not math.isfinite(skills[-1]):
+        return None
+    skill = min(skills[-2:])  # of two looks: weights bounce
+    return Overfit(skill, BY_HEART, patient.recipe, 1, EVERY * len(skills), tuple(curve), (output, y))
+
+
+def _stretch(replay: Replay, rows: Rows) -> None:
+    """Some steps on all rows, or, where a batch holds fewer, on all in turn."""
+    batches = torch.arange(len(rows), device=rows.index_device).split(replay.recipe.batch_size)
+    for step in range(EVERY):
+        replay.stepper.step(*rows.take(batches[step % len(batches)]))
+    replay.stepper.recorder.take()
+
+
+def _looked_at(replay: Replay, x: Any, y: Any) -> tuple[list[float], list[Any]]:
+    """Losses and outputs in training and in eval mode: dropout keeps the one high, short running means the other."""
+    with torch.no_grad():
         outputs = [replay.model.train(mode)(x) for mode in (True, False)]
         losses = [float(replay.task.loss(output, y)) for output in outputs]
-        return outputs[0 if losses[0] < losses[1] else 1], y
+    replay.model.train()
+    return losses, outputs
 
 
 def _on_few_rows(task: Task) -> Task:
@@ -113,14 +166,6 @@ def _goal(task: Task, y: Any) -> float:
     return BY_HEART if task.loss_kind == "mse" or hard else HALF_WAY
 
 
-def _skill(outcome: Outcome) -> float:
-    """At the end, in training or in eval mode: dropout keeps the one from 1, short running means the other."""
-    skill = skill_at_end(outcome.trace, outcome.baseline)
-    if not outcome.trace.heldout or math.isnan(skill):
-        return skill
-    return max(skill, below(outcome.baseline, outcome.trace.heldout[-1][1], outcome.baseline))
-
-
 def gentle_recipes(patient: Patient) -> list[Recipe]:
     """The trial's recipe with what keeps a sound model from learning a few rows left out, likeliest first."""
     plain = patient.recipe.but(
@@ -131,7 +176,7 @@ def gentle_recipes(patient: Patient) -> list[Recipe]:
         weight_decay=None,
         warmup_steps=0,
         precision="fp32",
-        batch_size=min(patient.recipe.batch_size, 32),
+        batch_size=min(patient.recipe.batch_size, ROWS),
     )
     applies = patient.applies
     scaling: dict[str, Scalar] = {}

@@ -21,10 +21,11 @@ from torch.autograd.graph import GradientEdge
 from recipefuzz.diagnose.history import History
 from recipefuzz.diagnose.moment import Moment
 from recipefuzz.diagnose.own_step import Stage, Step, diagnose, message
-from recipefuzz.diagnose.rerun import Calls, calls, user_place
+from recipefuzz.diagnose.rerun import Calls, calls, steady, user_place
 from recipefuzz.diagnosis import Diagnosis
 
-UPDATE_DEPTH = 3  # frames from the optimizer's hook to the user's loop: its wrapper, a scheduler's
+MODEL_FRAMES = 3  # from the model's hook to who calls the model: from torch 2.6 on the others are its own
+UPDATE_DEPTH = 2  # frames from the optimizer's wrapper to the user's loop: a scheduler's
 SKIPS = 30  # bad steps in a row that a gradient scaler may skip: after them its scale is 1e9 times smaller
 
 
@@ -66,12 +67,14 @@ class LoopWatch:
         self._in_closure = False
         self._backward_seen = False
         self._update: Calls = []
+        self._frame: FrameType | None = None  # what calls it only waits: no step meets outside of it
 
     def __enter__(self) -> Self:
         parameters = {id(p): p for g in self._optimizer.param_groups for p in g["params"]}
         parameters |= {id(p): p for p in self._model.parameters()}
         self._moment = Moment(self._model, list(parameters.values()))
         self._history = History(list(parameters.values()))
+        self._frame = steady(sys._getframe(1))
         self._hooks.callback(self._model.register_forward_pre_hook(self._forward, with_kwargs=True).remove)
         self._hooks.callback(self._optimizer.register_step_pre_hook(self._before_step).remove)
         self._hooks.enter_context(_after_backward(self._backward))
@@ -84,15 +87,16 @@ class LoopWatch:
             if kind is None and self.diagnosis is None and self._history.parameters_are_bad():
                 self._report(self._find(None, "a parameter"))
         self._moment.forwards.clear()
+        self._frame = None
         return False
 
     def _forward(self, _model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_dynamo_compiling():
             return None
         if self._stage is not None:
             return self._stage.inputs(args, kwargs)
         if torch.is_grad_enabled():
-            self._moment.enter(args, kwargs, calls(sys._getframe(1)))
+            self._moment.enter(args, kwargs, calls(sys._getframe(MODEL_FRAMES), outermost=self._frame))
         return None
 
     def _backward(self, loss: Tensor | None, frame: FrameType) -> None:
@@ -117,7 +121,7 @@ class LoopWatch:
 
     def _before_step(self, optimizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._stage is None and self.diagnosis is None:
-            self._update = calls(sys._getframe(1), UPDATE_DEPTH)
+            self._update = calls(sys._getframe(2), UPDATE_DEPTH, self._frame)
             self._in_closure = len(args) > 1 or bool(kwargs)  # the first is the optimizer
             if not (self._backward_seen or self._in_closure):
                 self._look(None, None)
@@ -160,7 +164,7 @@ def _after_backward(then: Callable[[Tensor | None, FrameType], None]) -> Iterato
     @wraps(original)
     def backward(tensors: Any, *args: Any, **kwargs: Any) -> None:
         original(tensors, *args, **kwargs)
-        if not torch.compiler.is_compiling():
+        if not torch.compiler.is_dynamo_compiling():
             first = tensors if isinstance(tensors, (Tensor, GradientEdge)) else tensors[0]
             then(first if isinstance(first, Tensor) else None, sys._getframe(1))
 

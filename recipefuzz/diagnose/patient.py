@@ -12,7 +12,7 @@ from torch import Tensor
 
 from recipefuzz.config import Config
 from recipefuzz.diagnose import remedies
-from recipefuzz.diagnose.remedies import Applies, Runner
+from recipefuzz.diagnose.remedies import Applies, Remedy, Runner
 from recipefuzz.diagnose.replay import Replay, replaying
 from recipefuzz.diagnosis import Fix
 from recipefuzz.engines import prepare
@@ -113,6 +113,9 @@ class Patient:
         labels = {o.job.key: o.verdict.label for o in self.run(jobs) if o.verdict is not None}
         return [labels.get(i, Label.CONVERGING) is not Label.CONVERGING for i in range(len(recipes))]
 
-    def remedied(self, changes: Sequence[remedies.Remedy]) -> tuple[Fix, ...]:
+    def remedied(
+        self, changes: Sequence[Remedy], expected: Callable[[Remedy], bool] = lambda _: False
+    ) -> tuple[Fix, ...]:
+        """What becomes of changes of the recipe, as in `remedies.tried`."""
         self.say(f"running {len(changes)} changes of the recipe, and those that converge on further seeds")
-        return remedies.tried(self.recipe, self.seed, changes, self.run)
+        return remedies.tried(self.recipe, self.seed, changes, self.run, expected)

@@ -117,16 +117,27 @@ def _structural(recipe: Recipe, applies: Applies, steps: int) -> list[Remedy]:
     return found
 
 
-def tried(recipe: Recipe, seed: int, remedies: Sequence[Remedy], run: Runner) -> tuple[Fix, ...]:
+def tried(
+    recipe: Recipe,
+    seed: int,
+    remedies: Sequence[Remedy],
+    run: Runner,
+    expected: Callable[[Remedy], bool] = lambda _: False,
+) -> tuple[Fix, ...]:
     """Run every change, the smallest that converge on further seeds; those that work come first, smallest first.
 
     A change that can't be run (a normalization that the model has no place for) is left out.
+
+    Args:
+        expected: changes that the cause which is suspected asks for: their smallest is among those that are confirmed.
     """
     ordered = sorted(remedies, key=lambda r: r.size)
     first = _run(recipe, ordered, [seed], run)
     fixes = [_fix(recipe, remedy, first[i]) for i, remedy in enumerate(ordered) if i in first]
     kept = [remedy for i, remedy in enumerate(ordered) if i in first]
-    working = [i for i, fix in enumerate(fixes) if fix.verdict == Label.CONVERGING][:CONFIRMED]
+    converging = [i for i, fix in enumerate(fixes) if fix.verdict == Label.CONVERGING]
+    asked_for = [i for i in converging if expected(kept[i])][:1]
+    working = [*asked_for, *(i for i in converging if i not in asked_for)][:CONFIRMED]
     again = _run(recipe, [kept[i] for i in working], range(seed + 1, seed + SEEDS), run)
     for at, i in enumerate(working):
         runs = again.get(at, [])

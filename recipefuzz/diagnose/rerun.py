@@ -8,6 +8,7 @@ function's variables already (`x = x / 255`), and what the model was given is kn
 from __future__ import annotations
 
 import ast
+import inspect
 import linecache
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -31,13 +32,25 @@ class Position:
     column: int
 
 
-def calls(frame: FrameType | None, depth: int = DEPTH) -> Calls:
-    """The functions that are running, innermost first, and which instruction of each. Cheap: made at every step."""
+def calls(frame: FrameType | None, depth: int = DEPTH, outermost: FrameType | None = None) -> Calls:
+    """The functions that are running, innermost first, and which instruction of each. Cheap: made at every step.
+
+    Args:
+        outermost: the last that is of interest.
+    """
     found: Calls = []
     while frame is not None and len(found) < depth:
         found.append((frame.f_code, frame.f_lasti))
-        frame = frame.f_back
+        frame = None if frame is outermost else frame.f_back
     return found
+
+
+def steady(frame: FrameType) -> FrameType | None:
+    """A running function whose callers stay what they are until it ends: not one that can pause."""
+    return None if frame.f_code.co_flags & _PAUSES else frame
+
+
+_PAUSES = inspect.CO_GENERATOR | inspect.CO_COROUTINE | inspect.CO_ASYNC_GENERATOR
 
 
 def meeting(frame: FrameType | None, earlier: Calls) -> tuple[FrameType, int] | None:

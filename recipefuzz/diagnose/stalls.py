@@ -24,6 +24,7 @@ from recipefuzz.diagnose.symptoms import (
     root_of_stall,
     settled,
     suspects,
+    turns,
 )
 from recipefuzz.diagnosis import Diagnosis, Fix, Root
 from recipefuzz.engines.job import Outcome
@@ -65,6 +66,7 @@ def stalled(patient: Patient, outcome: Outcome) -> Diagnosis:
     )
     if root is Root.RECIPE:
         cause = _of_recipe(patient, outcome, case, suspected)
+        case = replace(case, fixes=to_the_point(cause, fixes))
     else:
         cause = cause_in_code(found.start) if learnt is not None and not learnt.works else "unknown"
     return _diagnosis(patient, outcome.verdict.reason, case, cause, root)
@@ -139,10 +141,22 @@ def _recipe_fixes(patient: Patient, suspected: str) -> tuple[Fix, ...]:
     def first(changes: list[Remedy]) -> list[Remedy]:
         return sorted(changes, key=lambda change: not helps(suspected, change.values, recipe))
 
-    fixes = patient.remedied(first(remedies.for_stall(recipe, applies, patient.config.trial.steps)))
+    def expected(change: Remedy) -> bool:
+        return turns(suspected, change.values)
+
+    fixes = patient.remedied(first(remedies.for_stall(recipe, applies, patient.config.trial.steps)), expected)
     if any(fix.works for fix in fixes):
         return fixes
     return tuple(sorted((*patient.remedied(first(remedies.together(recipe, applies))), *fixes), key=remedies.rank))
+
+
+def to_the_point(cause: str, fixes: tuple[Fix, ...]) -> tuple[Fix, ...]:
+    """Among changes that work as well, those that turn the knob which the cause names come first.
+
+    A step on another axis may be smaller on its ladder (ladders can't be compared), but it makes up for the fault and
+    does not remove it.
+    """
+    return tuple(sorted(fixes, key=lambda fix: (*remedies.rank(fix), not turns(cause, fix.values))))
 
 
 def _generalizes(patient: Patient, fix: Fix) -> bool:

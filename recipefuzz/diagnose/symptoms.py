@@ -109,6 +109,11 @@ def helps(cause: str, values: Mapping[str, Scalar], recipe: Recipe) -> bool:
     }.get(cause, False)
 
 
+def turns(cause: str, values: Mapping[str, Scalar]) -> bool:
+    """Whether a change turns the very knob that a cause names, and no other."""
+    return cause in RATES and values.keys() == {"lr"}
+
+
 def _direction(name: str, value: Scalar, recipe: Recipe) -> str:
     if name in ("clip_norm", "clip_value"):
         return "off" if value is None else "on"

@@ -29,6 +29,7 @@ from recipefuzz.atomic import write_atomically
 from recipefuzz.engines.capture import Op, Recording, compiled_source
 from recipefuzz.engines.processes import SAFE_PATH, leave_with_parent
 from recipefuzz.errors import RAISED, RunFailedError
+from recipefuzz.records import read_record
 
 try:
     import fcntl
@@ -83,13 +84,25 @@ def compiler() -> str | None:
 
 
 def cache_folder() -> Path | None:
-    """Where libraries are kept from run to run; None where it can't be written. It may be deleted at any time."""
+    """Where libraries are kept from run to run; None where it can't be written. It may be deleted at any time.
+
+    What lies in it is run: a folder of another user's, or one that others may write to, is as good as none.
+    """
     home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     folder = Path(home) / "recipefuzz" / "compiled"
     with contextlib.suppress(OSError):
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        return folder if os.access(folder, os.W_OK | os.X_OK) else None
+        for made in (folder.parent, folder):
+            made.mkdir(mode=0o700, parents=True, exist_ok=True)
+        return folder if os.access(folder, os.W_OK | os.X_OK) and _is_private(folder) else None
     return None
+
+
+def _is_private(folder: Path) -> bool:
+    """The folder above it counts too: who may write there can put another in its place."""
+    if fcntl is None:
+        return True
+    found = [folder.stat(), folder.parent.stat()]
+    return all(stat.st_uid == os.getuid() and not stat.st_mode & 0o022 for stat in found)
 
 
 def ordered(recording: Recording, inputs: Sequence[Tensor], folder: Path) -> Order:
@@ -131,8 +144,8 @@ def loaded(library: Path) -> Step:
 
 def read_note(path: Path) -> Note | None:
     try:
-        return Note(**json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError):  # not there, or of another version
+        return read_record(Note, json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, RecursionError):  # not there, or of another version
         return None
 
 

@@ -50,10 +50,14 @@ class Bucket:
         return self.diagnosis.where if self.diagnosis and self.diagnosis.root != Root.RECIPE else ""
 
     def __str__(self) -> str:
+        """In a line; which trial was diagnosed is said where the cause is that of one among several."""
         name = (self.cause or self.verdict) + (f" at {self.place}" if self.place else "")
-        return f"{self.trials} {'trial' if self.trials == 1 else 'trials'}: {name}" + (
-            f" ({self.where})" if self.where else ""
-        )
+        text = f"{self.trials} {'trial' if self.trials == 1 else 'trials'}"
+        told = [self.where] if self.where else []
+        if self.diagnosis and self.diagnosis.cause and self.trials > 1:
+            text += f" like trial {self.example.trial}"
+            told.append(f"trial {self.example.trial} diagnosed")
+        return f"{text}: {name}" + (f" ({'; '.join(told)})" if told else "")
 
 
 def buckets(

@@ -19,7 +19,8 @@ SHOWN = ("job", "node", "gpus", "holds", "since")  # of what a worker tells of i
 
 def status_lines(folder: RunFolder) -> Iterator[str]:
     """Counts by verdict, throughput, what is left, the best so far: a line each."""
-    config, (results, elapsed, peak) = folder.load_config(), folder.read()
+    config = folder.load_config()
+    results, elapsed, peak = folder.read(config.axes)
     searched = [r for r in results if r.phase is Phase.SEARCH]
     confirming = [r for r in results if r.phase is Phase.CONFIRM]
     yield f"{config.study}: {_state(folder, config, searched, confirming)}"

@@ -44,5 +44,6 @@ def winner_yaml(row: Ranked, config: Config) -> str:
         f"# the best recipe of study {config.study} (trial {row.trial.trial}): "
         f"{row.passed} of {row.runs} confirming runs converged, skill {row.skill:.3g}\n"
     )
-    values = {name: row.trial.values[name] for name in config.axis_names}
+    values = config.recipe_of(row.trial.values).values()
+    values = {name: values[name] for name in config.axis_names}
     return head + write_yaml({"recipe": values})

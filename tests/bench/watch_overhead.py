@@ -53,6 +53,8 @@ def loops() -> Iterator[Loop]:
         nn.Linear(64, 128), nn.BatchNorm1d(128), nn.ReLU(), nn.Dropout(0.1), nn.Linear(128, 128), nn.BatchNorm1d(128)
     )
     yield Loop("MLP with batch norm, dropout", normed, (rows, labels), lambda p: torch.optim.AdamW(p, lr=1e-3), 20)
+    deep = nn.Sequential(*[layer for _ in range(16) for layer in (nn.Linear(64, 64), nn.ReLU())], nn.Linear(64, 10))
+    yield Loop("deep MLP, 34 gradients, SGD", deep, (rows, labels), lambda p: torch.optim.SGD(p, lr=1e-3), 20)
     wide = nn.Sequential(nn.Linear(64, 384), nn.ReLU(), nn.Linear(384, 384), nn.ReLU(), nn.Linear(384, 10))
     yield Loop("wider MLP, AdamW", wide, (rows, labels), lambda p: torch.optim.AdamW(p, lr=1e-3), 20)
     yield Loop("transformer", Transformer(), _text(), lambda p: torch.optim.AdamW(p, lr=1e-3), 5)
