@@ -50,11 +50,11 @@ class Journal(EntryLog):
         self._synced, self._unsynced = -math.inf, False
         self._tail = 0, b""  # read and not parsed yet, and where it begins
         self._torn = False  # whether there is more, of a batch that is not whole
+        self._inode: tuple[int, int] | None = None  # of the file in the first turn
         self._held = contextlib.ExitStack()
         try:
             if write:
                 self._path.touch()
-                self._identity = (found := self._path.stat()).st_dev, found.st_ino
             if write and not shared:
                 self._held.enter_context(self._locked(LOCK_SECONDS))
             if not shared:
@@ -98,10 +98,12 @@ class Journal(EntryLog):
     def _stay(self) -> None:
         """Refuse to go on where the run was put aside: what is at the path belongs to another one."""
         try:
-            found = self._path.stat()
+            status = self._path.stat()
         except OSError as error:
             raise _cannot("read", self._path, error) from error
-        if (found.st_dev, found.st_ino) != self._identity:
+        place = status.st_dev, status.st_ino
+        self._inode = self._inode or place
+        if place != self._inode or status.st_size < self._position:
             raise put_aside(self.name, "in the folder beside it")
 
     def catch_up(self) -> None:
@@ -114,7 +116,7 @@ class Journal(EntryLog):
 
     def _load(self, position: int) -> list[Entry]:
         (start, content), self._tail = self._tail, (0, b"")
-        if not content or start != position:
+        if start != position or start + len(content) < self._position:  # or something was written since
             content = self._bytes(position)
         logs = _entries(content[: self._position - position])
         if logs is None:

@@ -198,8 +198,8 @@ class RunFolder:
 
     def _refuse_other_folders(self, config: Config) -> None:
         """A folder with files in it that is no run is somebody's: nothing in it is overwritten or moved."""
-        if not self.path.is_dir() or not any(self.path.iterdir()):
-            return
+        if not self.path.is_dir() or all(path.name.startswith(f".{CONFIG}.") for path in self.path.iterdir()):
+            return  # empty, or another worker is just writing the config
         begun = self.journal.exists() and self.journal.stat().st_size > 0
         is_run = begun or self.in_database or (self.journal.exists() and not (self.path / "trials.csv").exists())
         if not is_run or config.folder.is_relative_to(self.path):

@@ -56,6 +56,13 @@ def search(
     """
     config = as_config(config)
     listener = listener or Silent()
+    if config.run.launcher != "local":
+        raise InputError(
+            "what is called from Python, and a ladder, trains here and not in batch jobs",
+            place=config.source.place("run", "launcher"),
+            found=config.run.launcher,
+            fix="launcher: local; recipefuzz submit CONFIG submits a search",
+        )
     pick_device(config)  # first of all: whether the device is there
     task = ready(config, listener, checked=checked)
     folder = RunFolder.of(config)

@@ -36,7 +36,7 @@ from recipefuzz.result import Phase, TrialResult, check_values
 from recipefuzz.sampling import BlockTPE, Seen, at_random, distribution, mixed_seed, sampler, total
 from recipefuzz.trial_log import ELAPSED, META, PEAK, RESULT, TrialLog
 
-ALONE = 2  # workers that a trial has lost, at most, when it is run with nothing beside it
+ALONE = 2  # workers that a trial has lost when it is run with nothing beside it; the last of its retries at the latest
 SHARE = 2  # who asks gets one part in so many of an equal share of what is left: at the end nobody waits for long
 
 
@@ -258,22 +258,19 @@ class SharedStudy:
 
     def _take(self, most: int, least: int, late: bool, drafts: list[dict[str, Scalar]]) -> list[Item]:
         held = self._held()
-        if any(self._is_suspect(item) for item in held):
+        alone = max(1, min(ALONE, self._config.run.retries - 1))
+        if any(item.lost >= alone for item in held):
             return []
         free = self._board.held.get("", {}).values()
-        if not held and (suspect := next(filter(self._is_suspect, free), None)):
+        if not held and (suspect := next((item for item in free if item.lost >= alone), None)):
             return self._claim([suspect])
-        taken = self._claim([item for item in free if not self._is_suspect(item)][:most])
+        taken = self._claim([item for item in free if item.lost < alone][:most])
         if not late and self._unasked > 0:
             taken += self._ask(self._to_ask(most - len(taken), least - len(taken)), drafts)
         elif len(taken) < most and self._is_searched(late):
             jobs = [job for job in self.wanted() if job not in self._board.confirm]
             taken += self._confirm(jobs[: min(most - len(taken), self._share(len(jobs)))])
         return taken
-
-    def _is_suspect(self, item: Item) -> bool:
-        """Whether it is to be run with nothing beside it: before it is an error, it was, unless one loss is enough."""
-        return item.lost >= min(ALONE, max(1, self._config.run.retries - 1))
 
     @property
     def _unasked(self) -> int:

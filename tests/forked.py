@@ -18,6 +18,7 @@ CONTEXT: Any = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(
     [
         "sklearn.datasets",
+        "torch._dynamo",
         "psycopg",
         *(f"recipefuzz.{name}" for name in ("cli", "working", "report.terminal", "report.status")),
     ]

@@ -145,7 +145,7 @@ class SharedRun:
         assert len(keys) == len(set(keys)), "a trial was done twice"
         assert {trial for trial, phase, _ in keys if phase == "search"} == set(range(search.trials))
         assert studies[SEARCH] == search.trials, "another number of trials"
-        converging = sum(r["phase"] == "search" and r["verdict"] == "converging" for r in records)
+        converging = sum(r["phase"] == "search" and r.get("verdict") == "converging" for r in records)
         assert studies[CONFIRM] == min(search.confirm.top, converging) * search.confirm.seeds
         assert self._table() == sorted(map(row, records)), "trials.csv is not what the log says"
         return records
@@ -161,7 +161,7 @@ def key(record: Mapping[str, Any]) -> Key:
 
 
 def row(record: Mapping[str, Any]) -> tuple[Any, ...]:
-    return (*key(record), record["verdict"] or "error", record["values"]["lr"])
+    return (*key(record), record.get("verdict", "error"), record["values"]["lr"])
 
 
 def _of(entries: list[Entry], operation: JournalOperation) -> list[Entry]:

@@ -206,6 +206,11 @@ def test_tables_without_their_journal_are_not_written_over(study: dict) -> None:
         recipefuzz.search(study)
 
 
+def test_a_search_from_python_is_no_batch_job(study: dict) -> None:
+    with pytest.raises(recipefuzz.InputError, match=r"run\.launcher: what is called from Python(.|\n)*found: +slurm"):
+        recipefuzz.search(study | {"run": {"launcher": "slurm"}})
+
+
 def test_a_loss_whose_constant_is_zero_is_refused(study: dict) -> None:
     Path("mine.py").write_text(CASE + "\ndef loss(output, target):\n    return output.var() + 0 * output.sum()\n")
     study["target"]["loss"] = "mine:loss"

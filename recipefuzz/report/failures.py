@@ -50,14 +50,17 @@ class Bucket:
         return self.diagnosis.where if self.diagnosis and self.diagnosis.root != Root.RECIPE else ""
 
     def __str__(self) -> str:
-        """In a line; which trial was diagnosed is said where the cause is that of one among several."""
+        """In a line; whose cause it is is said where it is that of one among several."""
         name = (self.cause or self.verdict) + (f" at {self.place}" if self.place else "")
         text = f"{self.trials} {'trial' if self.trials == 1 else 'trials'}"
-        told = [self.where] if self.where else []
-        if self.diagnosis and self.diagnosis.cause and self.trials > 1:
+        if self.is_diagnosed and self.trials > 1:
             text += f" like trial {self.example.trial}"
-            told.append(f"trial {self.example.trial} diagnosed")
-        return f"{text}: {name}" + (f" ({'; '.join(told)})" if told else "")
+        return f"{text}: {name}" + (f" ({self.where})" if self.where else "")
+
+    @property
+    def is_diagnosed(self) -> bool:
+        """Whether the cause is that of the representative's diagnosis."""
+        return self.diagnosis is not None and bool(self.diagnosis.cause)
 
 
 def buckets(

@@ -118,9 +118,14 @@ def _failures(
         return []
     lines: list[RenderableType] = ["", Text("what fails", style="bold")]
     for bucket in found[:FAILURES]:
+        example = (
+            f"trial {bucket.example.trial}, diagnosed"
+            if bucket.is_diagnosed
+            else f"such as trial {bucket.example.trial}"
+        )
         lines += [
             Text(f"  {bucket}"),
-            Text(f"      such as trial {bucket.example.trial}: {bucket.reason}", style="dim"),
+            Text(f"      {example}: {bucket.reason}", style="dim"),
             *([Text(f"      fix: {fix}")] if (fix := _fix(bucket)) else []),
         ]
     if len(found) > FAILURES:
