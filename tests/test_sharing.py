@@ -7,6 +7,7 @@ import math
 import os
 import random
 import signal
+import sys
 import threading
 from collections import Counter
 from collections.abc import Iterator
@@ -690,3 +691,32 @@ def test_a_signal_ends_a_wait_and_nothing_else():
         assert heard == [signal.SIGUSR1]
     finally:
         signal.signal(signal.SIGUSR1, before)
+
+
+@pytest.mark.parametrize("apart", [0, 1, 2, 3, 5, 8])
+def test_signals_at_any_moment_end_a_wait_as_told(apart):
+    """Two of them, so many instructions apart: a scheduler sends several."""
+    for first in range(1, 60):
+        with Stop() as stop:
+            counted = 0
+
+            def count(frame, event, _):
+                nonlocal counted
+                if frame.f_code is not Stop.unless_told.__code__:
+                    return None
+                frame.f_trace_opcodes = True
+                if event == "opcode":
+                    counted += 1
+                    if counted in (first, first + apart):  # noqa: B023 - used within its round
+                        signal.raise_signal(signal.SIGTERM)
+                return count
+
+            before = sys.gettrace()
+            sys.settrace(count)
+            try:
+                assert stop.unless_told(lambda: "done") in ("done", None)
+            finally:
+                sys.settrace(before)
+            signal.raise_signal(signal.SIGTERM)  # after it, none raises
+            assert stop.unless_told(lambda: "done") is None
+    assert counted < 59  # all moments were tried
