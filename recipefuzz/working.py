@@ -65,11 +65,15 @@ def search_shared(config: Config, task: Task, folder: RunFolder, listener: Liste
         try:
             with Stop() as stop:
                 over = shift.work(stop)
+                shift.leave()  # before the tables: what is finished is to be in them
             if over:
                 explain(config, task, folder, shift.study.results, listener)
-        except BaseException:
-            with contextlib.suppress(RunFailedError):  # a full disk: the first error is the one to show
-                report(folder, config, shift.study.results, shift.study.peak)
+        except BaseException as error:
+            with contextlib.suppress(RecipefuzzError):  # a full disk: the first error is the one to show
+                if not isinstance(error, RunFailedError):
+                    shift.leave()
+                if shift.study.results:  # none are known after a turn that failed: the tables stay as they are
+                    report(folder, config, shift.study.results, shift.study.peak)
             raise
         found = report(folder, config, shift.study.results, shift.study.peak)
     if not over and stop.signal is not None:

@@ -227,6 +227,19 @@ def test_ctrl_c(tmp_path: Path) -> None:
         assert not errors(run.account())
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_the_tables_of_a_search_that_is_ended_are_what_its_log_says(tmp_path: Path, number: signal.Signals) -> None:
+    with slowed(tmp_path, "file", lease=1000) as run:
+        search = run.fork("search", working__TURN_SECONDS=1.0)
+        run.until(4)
+        time.sleep(0.5)  # so that it has finished trials that it has not written yet
+        os.kill(search.pid, number)
+        run.wait(search, 130 if number == signal.SIGINT else 128 + number)
+        with (run.folder.path / "trials.csv").open(newline="") as file:
+            rows = [(int(row["trial"]), row["phase"], int(row["seed"])) for row in csv.DictReader(file)]
+        assert sorted(rows) == sorted(run.finished())
+
+
 def test_a_search_is_told_to_stop(tmp_path: Path) -> None:
     """What it has found is in the tables, and it does not look as if it had come to its end."""
     with slowed(tmp_path, "file", lease=1000) as run:

@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 
+import recipefuzz
 from recipefuzz import journal, sharing
 from recipefuzz.board import Board, Item
 from recipefuzz.config import parse_config
@@ -375,6 +376,28 @@ def test_after_a_full_disk_the_worker_goes_on(tmp_path, monkeypatch):
     while not worker.over:
         worker.turn(len(worker.held))
     check(path, config)
+
+
+def test_tables_are_not_emptied_by_a_turn_that_fails(tmp_path, monkeypatch):
+    config = {
+        "target": {"data": "breast_cancer", "model": "mlp", "model_args": {"width": 4, "depth": 1}},
+        "space": {"lr": {"low": 1e-3, "high": 1, "log": True}},
+        "trial": {"steps": 20, "extend": 0},
+        "search": {"trials": 2, "sampler": "random", "confirm": {"top": 0}, "diagnose": 0},
+        "run": {"storage": "file", "workers": 0, "folder": str(tmp_path / "run"), "engine": "sequential"},
+    }
+    recipefuzz.search(config)
+    before, store = (tmp_path / "run" / "trials.csv").read_bytes(), Journal._store
+
+    def full(log, data, **options):
+        if '"result"' in data:
+            raise RunFailedError("no space left on device")
+        return store(log, data, **options)
+
+    monkeypatch.setattr(Journal, "_store", full)
+    with pytest.raises(RunFailedError, match="no space left"):
+        recipefuzz.search(config | {"search": config["search"] | {"trials": 4}})
+    assert (tmp_path / "run" / "trials.csv").read_bytes() == before
 
 
 def test_another_study_under_the_same_name_is_seen(tmp_path):
