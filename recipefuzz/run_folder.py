@@ -131,13 +131,16 @@ class RunFolder:
             return DatabaseLog(config.database, config.study, write=write)
         return Journal(self.journal, write=write, shared=True, lock=Lock(config.run.lock))
 
-    def share(self, config: Config, code: Mapping[str, str], worker: str, *, fresh: bool = False) -> Shared:
+    def share(
+        self, config: Config, code: Mapping[str, str], worker: str, *, fresh: bool = False, joins: bool = False
+    ) -> Shared:
         """Make the folder or join what is in it, as one of many workers.
 
         Args:
             code: fingerprints of the user's source files, by name.
             worker: a name that no other worker has.
             fresh: put an existing run aside and start anew.
+            joins: the config is the run's own, but for what this worker alone does otherwise: it stays as it is.
 
         Raises:
             InputError: another config or other code made the run; one process has it for itself.
@@ -153,7 +156,8 @@ class RunFolder:
         try:
             study = SharedStudy(log, config, identity(config, code), worker)
             self._compare(study.meta, identity(config, code))
-            self._write_config(config)
+            if not joins:
+                self._write_config(config)
             if config.database is None:
                 self._make(self.path / BEATS)  # by which a search knows that it does not have the run for itself
         except BaseException:

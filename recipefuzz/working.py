@@ -51,7 +51,7 @@ def work(config: Config, folder: RunFolder, listener: Listener, stop: Stop) -> b
         RunFailedError: the log can't be reached or written; what was recorded is kept.
     """
     task = resolve(config)
-    with shared(config, folder, task, listener) as shift:
+    with shared(config, folder, task, listener, joins=True) as shift:
         return shift.work(stop)
 
 
@@ -91,11 +91,11 @@ def finish(config: Config, folder: RunFolder, listener: Listener) -> SearchResul
 
 @contextmanager
 def shared(
-    config: Config, folder: RunFolder, task: Task, listener: Listener, *, fresh: bool = False
+    config: Config, folder: RunFolder, task: Task, listener: Listener, *, fresh: bool = False, joins: bool = False
 ) -> Iterator[Shift]:
-    """As a worker of the run, whose signs of life the others see."""
+    """As a worker of the run, whose signs of life the others see. Arguments as for `RunFolder.share`."""
     worker, about = new_worker()
-    part = folder.share(config, fingerprints(user_files(config)), worker, fresh=fresh)
+    part = folder.share(config, fingerprints(user_files(config)), worker, fresh=fresh, joins=joins)
     with contextlib.closing(part.log):
         heart = Heart(folder.log(config, write=True), worker, config.run.lease, about)
         try:

@@ -223,6 +223,7 @@ def test_ctrl_c(tmp_path: Path) -> None:
         run.until(4)
         os.kill(worker.pid, signal.SIGINT)
         assert "Go on with: recipefuzz worker" in run.wait(worker, 130)
+        assert run.folder.load_config().run.workers == 1, "it was called with --workers 0"
         run.wait(run.fork())
         assert not errors(run.account())
 

@@ -665,6 +665,16 @@ def test_signs_of_life(tmp_path):
     assert list(log.beats()) == ["b"]
 
 
+def test_what_one_worker_does_otherwise_the_next_does_not(tmp_path):
+    config = study_config().but(folder=tmp_path / "run", workers="auto")
+    folder = RunFolder.of(config)
+    folder.share(config, {}, "a").log.close()
+    folder.share(folder.load_config().but(workers="1"), {}, "b", joins=True).log.close()
+    assert folder.load_config().run.workers == "auto"
+    folder.share(config.but(workers="2"), {}, "c").log.close()
+    assert folder.load_config().run.workers == 2
+
+
 def test_no_terminal_obeys_what_workers_tell_of_themselves(tmp_path):
     config = study_config().but(folder=tmp_path / "run")
     folder = RunFolder.of(config)
