@@ -149,6 +149,7 @@ class RunFolder:
         self._refuse_other_folders(config)
         if fresh:
             self._put_aside(config)
+        self._refuse_other_storage(config)
         self._make(self.path)
         if config.database is None and Lock(config.run.lock) is Lock.KERNEL:
             require_reach(self.path)
@@ -182,6 +183,7 @@ class RunFolder:
         self._refuse_other_folders(config)
         if fresh:
             self._put_aside(config)
+        self._refuse_other_storage(config)
         self._make(self.path)
         store = Store(self.journal, write=True)
         try:
@@ -213,6 +215,18 @@ class RunFolder:
                 place=Place(str(self.path)),
                 expected="a new folder, an empty one, or that of a run",
                 fix="give another one with --folder or run.folder, or another study name",
+            )
+
+    def _refuse_other_storage(self, config: Config) -> None:
+        """Its trials would stay where they are, and the run would begin anew under its old tables."""
+        in_database = self.in_database
+        begun = in_database or (self.journal.exists() and self.journal.stat().st_size > 0)
+        if begun and in_database != (config.database is not None):
+            raise InputError(
+                f"this run is kept {'in a database' if in_database else 'in its folder'}, and is not moved",
+                place=config.source.place("run", "storage"),
+                found=config.run.storage,
+                fix="put run.storage back as it was, give the study another name, or --fresh to start anew",
             )
 
     def _make(self, path: Path) -> None:

@@ -675,6 +675,26 @@ def test_what_one_worker_does_otherwise_the_next_does_not(tmp_path):
     assert folder.load_config().run.workers == 2
 
 
+@pytest.mark.parametrize("before", ["file", "postgresql://me@host/db"])
+def test_a_run_does_not_begin_anew_where_its_storage_is_another_one(tmp_path, before):
+    other = "file" if before != "file" else "postgresql://me@nowhere.invalid/db"
+    old, new = (
+        parse_config(study_config().resolved() | {"run": {"storage": storage, "folder": str(tmp_path / "run")}})
+        for storage in (before, other)
+    )
+    folder = RunFolder.of(old)
+    if before == "file":
+        folder.share(old, {}, "a").log.close()
+    else:
+        folder._make(folder.path)
+        folder._write_config(old)
+    text = folder.config.read_text()
+    for opened in (folder.share, folder.open):
+        with pytest.raises(InputError, match=r"this run is kept in (its folder|a database), and is not moved"):
+            opened(new, {}, **({"worker": "b"} if opened == folder.share else {"fresh": False}))
+    assert folder.config.read_text() == text
+
+
 def test_no_terminal_obeys_what_workers_tell_of_themselves(tmp_path):
     config = study_config().but(folder=tmp_path / "run")
     folder = RunFolder.of(config)
