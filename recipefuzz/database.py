@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from recipefuzz.entry_log import Beat, Entry, EntryLog, TurnLostError, put_aside
+from recipefuzz.entry_log import Beat, Entry, EntryLog, TurnLostError, was_put_aside
 from recipefuzz.errors import InputError, Place, RunFailedError
 
 if TYPE_CHECKING:
@@ -165,7 +165,7 @@ class DatabaseLog(EntryLog):
         """Refuse to go on where the study was put aside: what has its name now is another one."""
         found = first[0][0] if first else ""
         if self._position and found != self._first:
-            raise put_aside(self.name, "in the database under another name")
+            raise was_put_aside(self.name, "in the database under another name")
         self._first = found
 
     def _load(self, position: int) -> list[Entry]:

@@ -76,7 +76,7 @@ def not_replayed(name: str, why: str) -> InputError:
     )
 
 
-def put_aside(name: str, where: str) -> RunFailedError:
+def was_put_aside(name: str, where: str) -> RunFailedError:
     return RunFailedError(
         "another run is there now: this worker's was put aside, perhaps by --fresh",
         place=Place(name),

@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-from recipefuzz.entry_log import END, Beat, Entry, EntryLog, TurnLostError, put_aside
+from recipefuzz.entry_log import END, Beat, Entry, EntryLog, TurnLostError, was_put_aside
 from recipefuzz.errors import InputError, Place, RunFailedError
 from recipefuzz.locks import BusyError, Lock, hold
 
@@ -104,7 +104,7 @@ class Journal(EntryLog):
         place = status.st_dev, status.st_ino
         self._inode = self._inode or place
         if place != self._inode or status.st_size < self._position:
-            raise put_aside(self.name, "in the folder beside it")
+            raise was_put_aside(self.name, "in the folder beside it")
 
     def catch_up(self) -> None:
         content = self._bytes(self._position)
