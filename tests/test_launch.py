@@ -293,6 +293,8 @@ def test_a_run_with_jobs_is_not_submitted_again(tmp_path: Path, fake: FakeComman
         {"finish": "٣"},
         {"names": None},
         {"names": [3]},
+        {"names": ["training"]},
+        {"names": ["recipefuzz-a,training"]},
         {"workers": "4"},
         {"at": None},
     ],

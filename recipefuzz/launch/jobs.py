@@ -108,10 +108,12 @@ def submitted(run: Path) -> tuple[Submission, ...]:
 
 
 def _submission(record: object) -> Submission:
-    """Ids are numbers, since they become arguments of `scancel`."""
+    """Ids are numbers, since they become arguments of `scancel`; of jobs of ours, or it would end others."""
     found = read_record(Submission, record)
     if not all(re.fullmatch(r"[0-9]{0,20}", number) for number in (found.array, found.finish)):
         raise ValueError("a job's id that is no number")
+    if not all(re.fullmatch(r"recipefuzz-[A-Za-z0-9._-]+", name) for name in found.names):
+        raise ValueError("a job's name that is none of ours")
     return found
 
 
