@@ -42,10 +42,12 @@ TURN = "select pg_advisory_xact_lock(hashtext(%s))"
 FIRST = "select token from recipefuzz_batches where study = %s and number = 1; "
 
 # a worker that is suspended in its turn loses it, or all would wait for it
-OPTIONS = "-c idle_in_transaction_session_timeout=60s"
+BEGIN = "set idle_in_transaction_session_timeout = '60s'; select to_regclass('recipefuzz_workers')"
 
-# a server whose machine is gone says nothing: without these a wait for it ends after two hours (tcp(7))
-ALIVE = {"keepalives_idle": 30, "keepalives_interval": 10, "keepalives_count": 3, "tcp_user_timeout": 60_000}
+# unless the URL says otherwise. A server whose machine is gone says nothing: a wait for it would end after two hours
+# (tcp(7))
+CONNECTION = {"connect_timeout": 10, "application_name": "recipefuzz", "tcp_user_timeout": 60_000}
+CONNECTION |= {"keepalives_idle": 30, "keepalives_interval": 10, "keepalives_count": 3}
 
 T = TypeVar("T")
 
@@ -85,15 +87,11 @@ class DatabaseLog(EntryLog):
 
     def _connect(self) -> psycopg.Connection[Any]:
         if self._connection is None or self._connection.closed:
-            self._connection = self._psycopg.connect(
-                self._url,
-                autocommit=True,
-                connect_timeout=10,
-                application_name="recipefuzz",
-                options=OPTIONS,
-                **ALIVE,
-            )
-            row = self._connection.execute("select to_regclass('recipefuzz_workers')").fetchone()
+            theirs = self._psycopg.conninfo.conninfo_to_dict(self._url)
+            self._connection = self._psycopg.connect(**CONNECTION | theirs, autocommit=True)
+            cursor = self._connection.execute(BEGIN)
+            cursor.nextset()
+            row = cursor.fetchone()
             if row == (None,):
                 with self._connection.transaction():  # two that make a table at the same moment disturb each other
                     self._connection.execute("select pg_advisory_xact_lock(hashtext('recipefuzz tables'))")

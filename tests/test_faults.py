@@ -339,6 +339,18 @@ def test_another_worker_is_just_making_the_folder(tmp_path: Path, database: str)
         assert run.folder.config.exists()
 
 
+def test_what_the_url_says_of_the_connection_counts(postgres: Server, database: str) -> None:
+    postgres.execute("create schema mine", database.rpartition("/")[2])
+    url = f"{database}?options=-csearch_path%3Dmine&keepalives_idle=7"
+    log = DatabaseLog(url, "study", write=True)
+    connection = log._connect()
+    assert connection.execute("select to_regclass('mine.recipefuzz_batches') is not null").fetchone() == (True,)
+    assert connection.execute("show idle_in_transaction_session_timeout").fetchone() == ("1min",)
+    told = connection.info.get_parameters()
+    assert (told["keepalives_idle"], told["keepalives_count"], told["application_name"]) == ("7", "3", "recipefuzz")
+    log.close()
+
+
 def test_a_wrong_password(tmp_path: Path, database: str) -> None:
     with slowed(tmp_path, database) as run:
         said = run.wait(run.fork(environment={"PGPASSFILE": "/nowhere", "PGPASSWORD": "wrong-one"}), 2)
