@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,11 +13,13 @@ from optuna.storages.journal._storage import JournalOperation
 from optuna.trial import TrialState
 
 from recipefuzz.entry_log import Entry
+from recipefuzz.errors import shorten
 from recipefuzz.recipe import Scalar
 from recipefuzz.result import Phase, TrialResult
 from recipefuzz.trial_log import ELAPSED, RESULT
 
 HOLDER, CONFIRMS = "holder", "confirms"  # attributes of trials
+WORKER = r"[\w-]{0,100}"  # a worker's name, or none: files are called so, which others make, read and take away
 
 
 @dataclass
@@ -116,6 +120,8 @@ class Board:
     def _attribute(self, item: Item, attributes: Mapping[str, Any]) -> None:
         if HOLDER in attributes and item.result is None:
             holder, lost = attributes[HOLDER]
+            if not re.fullmatch(WORKER, holder) or not isinstance(lost, int) or lost < 0:
+                raise ValueError(f"{shorten(holder)} is no worker, or {shorten(lost)} no number of lost ones")
             self._release(item)
             item.holder, item.lost = holder, lost
             self._hold(item)
@@ -128,7 +134,9 @@ class Board:
             self.finished.append(item.result)
             self.searching -= item.phase is Phase.SEARCH
             self.searched += item.phase is Phase.SEARCH
-        self.seconds = max(self.seconds, float(attributes.get(ELAPSED, 0.0)))
+        if not math.isfinite(elapsed := float(attributes.get(ELAPSED, 0.0))):
+            raise ValueError("a time that is not finite")
+        self.seconds = max(self.seconds, elapsed)
 
     def _hold(self, item: Item) -> None:
         self.held.setdefault(item.holder, {})[item.id] = item

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
-from urllib.parse import parse_qs, urlsplit
+from urllib.parse import parse_qs
 
 from pydantic import AfterValidator, BeforeValidator, Field, PrivateAttr, ValidationError
 
@@ -27,6 +27,7 @@ from recipefuzz.space import Range, Space
 
 Samplers = Literal["tpe", "random", "qmc", "grid", "gp", "cmaes"]
 STUDY_NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}"
+SECRETS = {"password", "sslpassword", "oauth_client_secret"}  # parameters of libpq's
 FILE = "file"  # a shared study in its run's folder
 
 
@@ -71,13 +72,18 @@ def _arrays_file(path: str) -> str:
 
 
 def _storage(url: str) -> str:
-    """Where a shared study is kept; who may use it is not written into files."""
-    parts = urlsplit(url)
+    """Where a shared study is kept; who may use it is not written into files.
+
+    For libpq all up to an @ is a user and a password, which may hold what ends a host for others: # and ?.
+    """
     if url == FILE:
         return url
-    if parts.scheme not in ("postgresql", "postgres"):
+    match = re.fullmatch(r"postgres(?:ql)?://([^?#]*)(?:\?([^#]*))?", url)
+    if "@" in url and ":" in url.rpartition("@")[0].partition("://")[2]:
+        raise ValueError("a password does not belong into the config")
+    if match is None or not url.isprintable() or " " in url:
         raise ValueError("not a database")
-    if parts.password is not None or "password" in parse_qs(parts.query):
+    if SECRETS & parse_qs(match[2] or "", keep_blank_values=True).keys():
         raise ValueError("a password does not belong into the config")
     return url
 

@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from recipefuzz.entry_log import Beat, Entry, EntryLog, TurnLostError
+from recipefuzz.entry_log import Beat, Entry, EntryLog, TurnLostError, put_aside
 from recipefuzz.errors import InputError, Place, RunFailedError
 
 if TYPE_CHECKING:
@@ -38,9 +38,14 @@ create table if not exists recipefuzz_workers (
 """
 
 NEWS = "select number, count, entries from recipefuzz_batches where study = %s and number > %s order by number"
+TURN = "select pg_advisory_xact_lock(hashtext(%s))"
+FIRST = "select token from recipefuzz_batches where study = %s and number = 1; "
 
 # a worker that is suspended in its turn loses it, or all would wait for it
 OPTIONS = "-c idle_in_transaction_session_timeout=60s"
+
+# a server whose machine is gone says nothing: without these a wait for it ends after two hours (tcp(7))
+ALIVE = {"keepalives_idle": 30, "keepalives_interval": 10, "keepalives_count": 3, "tcp_user_timeout": 60_000}
 
 T = TypeVar("T")
 
@@ -64,6 +69,7 @@ class DatabaseLog(EntryLog):
         self._url, self._study, self._write = url, study, write
         self._token = f"{random.SystemRandom().getrandbits(64):x}"
         self._turns = 0
+        self._first = ""  # token of the study's first batch, by which it is told from another one of its name
         self._tail: tuple[int, list[str]] = 0, []  # batches that are fetched and not parsed yet, and what precedes them
         self._psycopg = _driver()
         self._connection: psycopg.Connection[Any] | None = None
@@ -80,7 +86,12 @@ class DatabaseLog(EntryLog):
     def _connect(self) -> psycopg.Connection[Any]:
         if self._connection is None or self._connection.closed:
             self._connection = self._psycopg.connect(
-                self._url, autocommit=True, connect_timeout=10, application_name="recipefuzz", options=OPTIONS
+                self._url,
+                autocommit=True,
+                connect_timeout=10,
+                application_name="recipefuzz",
+                options=OPTIONS,
+                **ALIVE,
             )
             row = self._connection.execute("select to_regclass('recipefuzz_workers')").fetchone()
             if row == (None,):
@@ -122,9 +133,8 @@ class DatabaseLog(EntryLog):
     @contextmanager
     def _alone(self) -> Iterator[None]:
         """In a transaction with a lock. If the connection is lost in it, so is the lock: see `_store`."""
-        lock = "begin; select pg_advisory_xact_lock(hashtext(%s)); "
-        self._again(lambda: self._look(lock, f"recipefuzz {self._study}"))
         try:
+            self._again(lambda: self._look(f"begin; {TURN}; ", f"recipefuzz {self._study}"))
             yield
         finally:
             with contextlib.suppress(self._psycopg.Error):
@@ -137,13 +147,26 @@ class DatabaseLog(EntryLog):
     def _look(self, before: str = "", *values: str) -> None:
         """In one message to the server and back, with what is to be done before."""
         with self._psycopg.ClientCursor(self._connect()) as cursor:
-            cursor.execute(before + NEWS, (*values, self._study, self._position))
-            while cursor.nextset():
-                pass
-            rows = cursor.fetchall()
+            cursor.execute(before + FIRST + NEWS, (*values, self._study, self._study, self._position))
+            *_, first, rows = self._answers(cursor)
+        self._stay(first)
         if rows:
             self._tail = self._position, [entries for _, _, entries in rows]
             self._position, self._count = rows[-1][0], self._count + sum(count for _, count, _ in rows)
+
+    def _answers(self, cursor: psycopg.ClientCursor[Any]) -> Iterator[list[Any]]:
+        """Rows of each statement of a message."""
+        while True:
+            yield cursor.fetchall() if cursor.description else []
+            if not cursor.nextset():
+                return
+
+    def _stay(self, first: list[tuple[str]]) -> None:
+        """Refuse to go on where the study was put aside: what has its name now is another one."""
+        found = first[0][0] if first else ""
+        if self._position and found != self._first:
+            raise put_aside(self.name, "in the database under another name")
+        self._first = found
 
     def _load(self, position: int) -> list[Entry]:
         (start, batches), self._tail = self._tail, (0, [])
@@ -177,6 +200,8 @@ class DatabaseLog(EntryLog):
 
         if not self._again(write):
             raise TurnLostError
+        if number == 1:
+            self._first = token
         return number
 
     def beat(self, worker: str, mark: str, about: Mapping[str, Any] | None) -> None:
@@ -198,15 +223,14 @@ class DatabaseLog(EntryLog):
             wanted = None if workers is None else list(workers)
             return self._connect().execute(query, (self._study, wanted, wanted)).fetchall()
 
-        return {
-            worker: Beat(mark, json.loads(about), float(silent)) for worker, mark, about, silent in self._again(rows)
-        }
+        return {worker: Beat(mark, _about(text), float(silent)) for worker, mark, text, silent in self._again(rows)}
 
     def put_aside(self) -> None:
         """Give the study another name, so that a new one can have this."""
 
         def rename() -> None:
             with (connection := self._connect()).transaction():
+                connection.execute(TURN, (f"recipefuzz {self._study}",))
                 names = connection.execute("select distinct study from recipefuzz_batches").fetchall()
                 free = next(n for n in itertools.count(1) if (f"{self._study}.old-{n}",) not in names)
                 connection.execute(
@@ -221,6 +245,14 @@ class DatabaseLog(EntryLog):
         if self._connection is not None:
             with contextlib.suppress(self._psycopg.Error):
                 self._connection.close()
+
+
+def _about(text: str) -> dict[str, Any]:
+    """Somebody else may have written it: then nothing is known of that worker."""
+    try:
+        return dict(json.loads(text))
+    except (ValueError, TypeError, RecursionError):
+        return {}
 
 
 def _driver() -> Any:

@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from recipefuzz.errors import InputError, Place, RecipefuzzError
+from recipefuzz.errors import InputError, Place, RecipefuzzError, RunFailedError
 
 ENCODER = json.JSONEncoder(separators=(",", ":"), allow_nan=False)  # json.dumps makes one at every call
 END = "end"  # the key that marks the last entry of a batch, for whoever finds the batch cut
@@ -73,6 +73,14 @@ def not_replayed(name: str, why: str) -> InputError:
         f"the run's journal can't be replayed ({why})",
         place=Place(name),
         fix="restore the file from a copy, or start again with --fresh (the old folder is kept)",
+    )
+
+
+def put_aside(name: str, where: str) -> RunFailedError:
+    return RunFailedError(
+        "another run is there now: this worker's was put aside, perhaps by --fresh",
+        place=Place(name),
+        fix=f"what was recorded is {where}; start workers of the new run if it needs any",
     )
 
 

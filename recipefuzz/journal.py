@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-from recipefuzz.entry_log import END, Beat, Entry, EntryLog, TurnLostError
+from recipefuzz.entry_log import END, Beat, Entry, EntryLog, TurnLostError, put_aside
 from recipefuzz.errors import InputError, Place, RunFailedError
 from recipefuzz.locks import BusyError, Lock, hold
 
@@ -104,11 +104,7 @@ class Journal(EntryLog):
         place = status.st_dev, status.st_ino
         self._inode = self._inode or place
         if place != self._inode or status.st_size < self._position:
-            raise RunFailedError(
-                "another run is there now: this worker's was put aside, perhaps by --fresh",
-                place=Place(str(self._path)),
-                fix="what was recorded is in the folder beside it; start workers of the new run if it needs any",
-            )
+            raise put_aside(self.name, "in the folder beside it")
 
     def catch_up(self) -> None:
         content = self._bytes(self._position)

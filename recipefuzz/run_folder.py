@@ -131,13 +131,16 @@ class RunFolder:
             return DatabaseLog(config.database, config.study, write=write)
         return Journal(self.journal, write=write, shared=True, lock=Lock(config.run.lock))
 
-    def share(self, config: Config, code: Mapping[str, str], worker: str, *, fresh: bool = False) -> Shared:
+    def share(
+        self, config: Config, code: Mapping[str, str], worker: str, *, fresh: bool = False, joins: bool = False
+    ) -> Shared:
         """Make the folder or join what is in it, as one of many workers.
 
         Args:
             code: fingerprints of the user's source files, by name.
             worker: a name that no other worker has.
             fresh: put an existing run aside and start anew.
+            joins: the config is the run's own, but for what this worker alone does otherwise: it stays as it is.
 
         Raises:
             InputError: another config or other code made the run; one process has it for itself.
@@ -146,6 +149,7 @@ class RunFolder:
         self._refuse_other_folders(config)
         if fresh:
             self._put_aside(config)
+        self._refuse_other_storage(config)
         self._make(self.path)
         if config.database is None and Lock(config.run.lock) is Lock.KERNEL:
             require_reach(self.path)
@@ -153,7 +157,8 @@ class RunFolder:
         try:
             study = SharedStudy(log, config, identity(config, code), worker)
             self._compare(study.meta, identity(config, code))
-            self._write_config(config)
+            if not joins:
+                self._write_config(config)
             if config.database is None:
                 self._make(self.path / BEATS)  # by which a search knows that it does not have the run for itself
         except BaseException:
@@ -178,6 +183,7 @@ class RunFolder:
         self._refuse_other_folders(config)
         if fresh:
             self._put_aside(config)
+        self._refuse_other_storage(config)
         self._make(self.path)
         store = Store(self.journal, write=True)
         try:
@@ -209,6 +215,18 @@ class RunFolder:
                 place=Place(str(self.path)),
                 expected="a new folder, an empty one, or that of a run",
                 fix="give another one with --folder or run.folder, or another study name",
+            )
+
+    def _refuse_other_storage(self, config: Config) -> None:
+        """Its trials would stay where they are, and the run would begin anew under its old tables."""
+        in_database = self.in_database
+        begun = in_database or (self.journal.exists() and self.journal.stat().st_size > 0)
+        if begun and in_database != (config.database is not None):
+            raise InputError(
+                f"this run is kept {'in a database' if in_database else 'in its folder'}, and is not moved",
+                place=config.source.place("run", "storage"),
+                found=config.run.storage,
+                fix="put run.storage back as it was, give the study another name, or --fresh to start anew",
             )
 
     def _make(self, path: Path) -> None:

@@ -9,8 +9,8 @@ it doesn't know of what others ask while this worker waits, as if they had asked
 
 A worker whose lease has lapsed (`leases`) loses its trials to the others. If it was only slow, its result still counts
 where none has come meanwhile: a trial is a pure function, whoever runs it; where one has, its own is dropped. A trial
-that has lost two workers is run with nothing beside it, so that it alone is to blame for what happens then; after
-`run.retries` workers it is an error.
+that has lost two workers, or all but one of the `run.retries` after which it is an error, is run with nothing beside
+it, so that it alone is to blame for what happens then.
 """
 
 from __future__ import annotations
@@ -31,13 +31,12 @@ from recipefuzz.entry_log import Cursor, EntryLog, TurnLostError, replayed
 from recipefuzz.peak import Peak
 from recipefuzz.ranking import candidates
 from recipefuzz.recipe import Scalar
+from recipefuzz.records import read_record
 from recipefuzz.result import Phase, TrialResult, check_values
 from recipefuzz.sampling import BlockTPE, Seen, at_random, distribution, mixed_seed, sampler, total
 from recipefuzz.trial_log import ELAPSED, META, PEAK, RESULT, TrialLog
 
-ALONE = (
-    2  # workers that a trial has lost when it is run with nothing beside it; the last of its `retries` at the latest
-)
+ALONE = 2  # workers that a trial has lost when it is run with nothing beside it; the last of its retries at the latest
 SHARE = 2  # who asks gets one part in so many of an equal share of what is left: at the end nobody waits for long
 
 
@@ -117,7 +116,8 @@ class SharedStudy:
     @property
     def meta(self) -> dict[str, Any]:
         """What the study was made with."""
-        return dict(self._board.attributes[META])
+        with replayed(self._log.name):
+            return dict(self._board.attributes[META])
 
     @property
     def total(self) -> int:
@@ -136,7 +136,8 @@ class SharedStudy:
     @property
     def peak(self) -> Peak:
         """Memory that the run took, over all its workers."""
-        return Peak(**self._board.attributes.get(PEAK, {}))
+        with replayed(self._log.name):
+            return read_record(Peak, self._board.attributes.get(PEAK, {}))
 
     @property
     def holders(self) -> set[str]:
@@ -220,14 +221,13 @@ class SharedStudy:
                 self._seen.tell(result.trial, result)
 
     def _record(self, results: Iterable[TrialResult], elapsed: float, peak: Peak | None) -> None:
-        last = None
-        for result in results:
-            item = self._board.of(result)
-            if item.result is None and (item.holder == self.worker or not result.error):
-                self._finish(item, result)
-                last = item
-        if last is not None and elapsed > self.seconds:
-            self._entries.attribute(last.id, ELAPSED, round(elapsed, 3))
+        of_items = [(self._board.of(result), result) for result in results]
+        new = [(i, r) for i, r in of_items if i.result is None and (i.holder == self.worker or not r.error)]
+        searched = [item for item, _ in new if item.phase is Phase.SEARCH]
+        if searched and elapsed > self.seconds:  # before it is told: to a finished trial Optuna lets nobody add
+            self._entries.attribute(searched[-1].id, ELAPSED, round(elapsed, 3))
+        for item, result in new:
+            self._finish(item, result)
         if peak is not None and (larger := self.peak.over(peak)) != self.peak:
             self._entries.study_attribute(PEAK, vars(larger))
 

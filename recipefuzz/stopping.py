@@ -7,6 +7,7 @@ asked for it. The work stops at the next moment at which nothing is half done; w
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import threading
 import time
@@ -48,17 +49,20 @@ class Stop:
     def _hear(self, number: int, _: FrameType | None) -> None:
         self.signal = self.signal or signal.Signals(number)
         if self._may_raise:
+            self._may_raise = False  # once: another signal must not end what the first has to be followed by
             raise StoppedError
 
     def unless_told(self, what: Callable[[], T]) -> T | None:
         """Do what can be left at any moment; a signal ends it, or keeps it from being begun: then None."""
-        self._may_raise = True
-        try:
-            return what() if self.signal is None else None
-        except StoppedError:
-            return None
-        finally:
-            self._may_raise = False
+        done = None
+        with contextlib.suppress(StoppedError):
+            try:
+                self._may_raise = True
+                if self.signal is None:
+                    done = what()
+            finally:  # within: a signal may come at its first instruction, too
+                self._may_raise = False
+        return done
 
     def sleep(self, seconds: float) -> None:
         """At most until a signal comes."""

@@ -51,7 +51,7 @@ def work(config: Config, folder: RunFolder, listener: Listener, stop: Stop) -> b
         RunFailedError: the log can't be reached or written; what was recorded is kept.
     """
     task = resolve(config)
-    with shared(config, folder, task, listener) as shift:
+    with shared(config, folder, task, listener, joins=True) as shift:
         return shift.work(stop)
 
 
@@ -65,11 +65,15 @@ def search_shared(config: Config, task: Task, folder: RunFolder, listener: Liste
         try:
             with Stop() as stop:
                 over = shift.work(stop)
+                shift.leave()  # before the tables: what is finished is to be in them
             if over:
                 explain(config, task, folder, shift.study.results, listener)
-        except BaseException:
-            with contextlib.suppress(RunFailedError):  # a full disk: the first error is the one to show
-                report(folder, config, shift.study.results, shift.study.peak)
+        except BaseException as error:
+            with contextlib.suppress(RecipefuzzError):  # a full disk: the first error is the one to show
+                if not isinstance(error, RunFailedError):
+                    shift.leave()
+                if shift.study.results:  # none are known after a turn that failed: the tables stay as they are
+                    report(folder, config, shift.study.results, shift.study.peak)
             raise
         found = report(folder, config, shift.study.results, shift.study.peak)
     if not over and stop.signal is not None:
@@ -87,11 +91,11 @@ def finish(config: Config, folder: RunFolder, listener: Listener) -> SearchResul
 
 @contextmanager
 def shared(
-    config: Config, folder: RunFolder, task: Task, listener: Listener, *, fresh: bool = False
+    config: Config, folder: RunFolder, task: Task, listener: Listener, *, fresh: bool = False, joins: bool = False
 ) -> Iterator[Shift]:
-    """As a worker of the run, whose signs of life the others see."""
+    """As a worker of the run, whose signs of life the others see. Arguments as for `RunFolder.share`."""
     worker, about = new_worker()
-    part = folder.share(config, fingerprints(user_files(config)), worker, fresh=fresh)
+    part = folder.share(config, fingerprints(user_files(config)), worker, fresh=fresh, joins=joins)
     with contextlib.closing(part.log):
         heart = Heart(folder.log(config, write=True), worker, config.run.lease, about)
         try:

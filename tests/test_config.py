@@ -1315,3 +1315,48 @@ def _mutate(draw, data: object) -> object:
 @given(mutated())
 def test_any_mutated_config_is_a_config_or_an_input_error(tmp_path, data):
     survives(tmp_path, yaml.safe_dump(data, allow_unicode=True))
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "postgresql://me:SECRET@host/db",
+        "postgres://me:SECRET@host/db",
+        "postgresql://:SECRET@host/db",
+        "postgresql://me:SECRET@one,two:5433/db",
+        "postgresql://me:SECRET@[::1]/db",
+        "postgresql://me:SECRET#1@host/db",
+        "postgresql://me:SECRET?1@host/db",
+        "postgresql://me:SECRET/1@host/db",
+        "postgresql://me:SECRET@1@host/db",
+        "postgresql://me@host/db?password=SECRET",
+        "postgresql://me@host/db?pass%77ord=SECRET",
+        "postgresql://me@host/db?connect_timeout=3&sslpassword=SECRET",
+        " postgresql://me:SECRET@host/db",
+        "postgresql+psycopg://me:SECRET@host/db",
+        "redis://:SECRET@host:6379",
+        "host=host password=SECRET",
+    ],
+)
+def test_a_password_is_refused_and_not_repeated(url):
+    with pytest.raises(InputError, match=r"a password does not belong into the config|not a database") as caught:
+        parse_config({"target": {"data": "digits", "model": "mlp"}, "run": {"storage": url}})
+    assert "SECRET" not in str(caught.value)
+    assert "run.storage" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "postgresql://",
+        "postgres://host",
+        "postgresql://me@host:5433/db",
+        "postgresql://me@one:5432,two:5433/db?target_session_attrs=read-write",
+        "postgresql://me@[::1]:5432/db",
+        "postgresql:///db?host=/var/run/postgresql&user=me%40here",
+        "postgresql://me@host/db?passfile=/home/me/.secret&service=x",
+    ],
+)
+def test_a_database_without_a_password_is_taken_as_it_is(url):
+    config = parse_config({"target": {"data": "digits", "model": "mlp"}, "run": {"storage": url}})
+    assert config.database == url

@@ -16,11 +16,14 @@ import pytest
 from postgres import Server
 from shared_runs import Process, SharedRun, key, kill_group, shared_run, until
 
+from recipefuzz.config import parse_config
 from recipefuzz.database import DatabaseLog
 from recipefuzz.entry_log import Cursor, TurnLostError
-from recipefuzz.errors import InputError
+from recipefuzz.errors import InputError, RunFailedError
 from recipefuzz.journal import Journal
 from recipefuzz.locks import Lock, is_held
+from recipefuzz.result import TrialResult
+from recipefuzz.sharing import SharedStudy
 
 pytestmark = pytest.mark.slow
 
@@ -220,8 +223,22 @@ def test_ctrl_c(tmp_path: Path) -> None:
         run.until(4)
         os.kill(worker.pid, signal.SIGINT)
         assert "Go on with: recipefuzz worker" in run.wait(worker, 130)
+        assert run.folder.load_config().run.workers == 1, "it was called with --workers 0"
         run.wait(run.fork())
         assert not errors(run.account())
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_the_tables_of_a_search_that_is_ended_are_what_its_log_says(tmp_path: Path, number: signal.Signals) -> None:
+    with slowed(tmp_path, "file", lease=1000) as run:
+        search = run.fork("search", working__TURN_SECONDS=1.0)
+        run.until(4)
+        time.sleep(0.5)  # so that it has finished trials that it has not written yet
+        os.kill(search.pid, number)
+        run.wait(search, 130 if number == signal.SIGINT else 128 + number)
+        with (run.folder.path / "trials.csv").open(newline="") as file:
+            rows = [(int(row["trial"]), row["phase"], int(row["seed"])) for row in csv.DictReader(file)]
+        assert sorted(rows) == sorted(run.finished())
 
 
 def test_a_search_is_told_to_stop(tmp_path: Path) -> None:
@@ -414,6 +431,33 @@ def test_another_run_in_its_place(tmp_path: Path) -> None:
         assert "another run" in said
         assert (old / "study.journal").read_bytes() == before
         assert not run.finished()
+
+
+@pytest.mark.parametrize("trials", [0, 1, 20])
+def test_another_run_in_its_place_in_the_database(database: str, trials: int) -> None:
+    config = parse_config(
+        {
+            "target": {"data": "digits", "model": "mlp"},
+            "space": {"lr": {"low": 1e-4, "high": 10, "log": True}},
+            "search": {"sampler": "random"},
+        }
+    )
+    old, aside, new = (DatabaseLog(database, "study", write=True) for _ in range(3))
+    study = SharedStudy(old, config, {}, "old")
+    (item, *_) = study.turn(most=6, least=6).taken
+    aside.put_aside()
+    other = SharedStudy(new, config, {}, "new") if trials else None
+    for _ in range(trials):
+        assert other is not None
+        assert other.turn(most=1, least=1).taken
+    late = TrialResult(item.trial, item.phase, item.seed, config.recipe_of(item.values).values(), error="x")
+    with pytest.raises(RunFailedError, match="another run is there now"):
+        study.turn([late])
+    with pytest.raises(RunFailedError, match="another run is there now"):
+        study.look()
+    assert not SharedStudy(aside, config, {}, "newer").results
+    for log in (old, aside, new):
+        log.close()
 
 
 @pytest.mark.parametrize("hours", [-1, 1])

@@ -7,6 +7,7 @@ import math
 import os
 import random
 import signal
+import sys
 import threading
 from collections import Counter
 from collections.abc import Iterator
@@ -19,6 +20,7 @@ from hypothesis import strategies as st
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 
+import recipefuzz
 from recipefuzz import journal, sharing
 from recipefuzz.board import Board, Item
 from recipefuzz.config import parse_config
@@ -28,7 +30,9 @@ from recipefuzz.journal import Journal
 from recipefuzz.leases import Watch
 from recipefuzz.locks import Lock, _mount_options, is_held
 from recipefuzz.ranking import candidates
+from recipefuzz.report.status import status_lines
 from recipefuzz.result import Phase, TrialResult
+from recipefuzz.run_folder import RunFolder
 from recipefuzz.sampling import distribution, objective
 from recipefuzz.sharing import ALONE, SharedStudy
 from recipefuzz.stopping import Stop
@@ -301,6 +305,21 @@ def test_without_time_nothing_new_is_asked_and_the_best_are_confirmed(tmp_path):
     assert SharedStudy(shared(path), config, META, "b").seconds == 12.5
 
 
+def test_the_time_of_the_search_alone_is_kept_and_optuna_reads_it_too(tmp_path):
+    path, config = tmp_path / "study.journal", study_config(4, top=1, seeds=2)
+    study, held, elapsed = SharedStudy(shared(path), config, META, "a"), [], 0.0
+    while True:
+        elapsed += 10.0
+        turn = study.turn([trained(config, i) for i in held], most=4, least=4, elapsed=elapsed)
+        if turn.over:
+            break
+        if {item.phase for item in held} == {Phase.SEARCH}:
+            searched = elapsed
+        held = turn.taken
+    assert elapsed > searched
+    assert study.seconds == Store(path, write=False).seconds() == searched
+
+
 def test_a_run_of_one_process_is_gone_on_with_by_many(tmp_path):
     path, config = tmp_path / "study.journal", study_config(12, top=1, seeds=2)
     with contextlib.closing(Store(path, write=True)) as store:
@@ -359,6 +378,28 @@ def test_after_a_full_disk_the_worker_goes_on(tmp_path, monkeypatch):
     check(path, config)
 
 
+def test_tables_are_not_emptied_by_a_turn_that_fails(tmp_path, monkeypatch):
+    config = {
+        "target": {"data": "breast_cancer", "model": "mlp", "model_args": {"width": 4, "depth": 1}},
+        "space": {"lr": {"low": 1e-3, "high": 1, "log": True}},
+        "trial": {"steps": 20, "extend": 0},
+        "search": {"trials": 2, "sampler": "random", "confirm": {"top": 0}, "diagnose": 0},
+        "run": {"storage": "file", "workers": 0, "folder": str(tmp_path / "run"), "engine": "sequential"},
+    }
+    recipefuzz.search(config)
+    before, store = (tmp_path / "run" / "trials.csv").read_bytes(), Journal._store
+
+    def full(log, data, **options):
+        if '"result"' in data:
+            raise RunFailedError("no space left on device")
+        return store(log, data, **options)
+
+    monkeypatch.setattr(Journal, "_store", full)
+    with pytest.raises(RunFailedError, match="no space left"):
+        recipefuzz.search(config | {"search": config["search"] | {"trials": 4}})
+    assert (tmp_path / "run" / "trials.csv").read_bytes() == before
+
+
 def test_another_study_under_the_same_name_is_seen(tmp_path):
     path, config = tmp_path / "study.journal", study_config()
     Worker(path, config, "a")
@@ -372,6 +413,15 @@ def test_another_study_under_the_same_name_is_seen(tmp_path):
         '{"op_code":4,"study_id":9}',
         '{"op_code":8,"trial_id":99,"user_attr":{"holder":["a",0]}}',
         '{"op_code":8,"trial_id":0,"user_attr":{"holder":7}}',
+        '{"op_code":8,"trial_id":0,"user_attr":{"holder":[7,0]}}',
+        '{"op_code":8,"trial_id":0,"user_attr":{"holder":["../diagnoses",0]}}',
+        '{"op_code":8,"trial_id":0,"user_attr":{"holder":["/etc/passwd",0]}}',
+        '{"op_code":8,"trial_id":0,"user_attr":{"holder":["a\\u0000",0]}}',
+        '{"op_code":8,"trial_id":0,"user_attr":{"holder":["a",-1]}}',
+        '{"op_code":8,"trial_id":0,"user_attr":{"holder":["a","many"]}}',
+        '{"op_code":8,"trial_id":0,"user_attr":{"elapsed":1e999}}',
+        '{"op_code":2,"study_id":0,"user_attr":{"recipefuzz":[1]}}',
+        '{"op_code":2,"study_id":0,"user_attr":{"peak_memory":{"search":"much"}}}',
         '{"op_code":8,"trial_id":0,"user_attr":{"result":{"phase":"x"}}}',
         '{"op_code":8,"trial_id":0,"user_attr":{"result":{"trial":1,"phase":"search","seed":0,"values":{},"error":"x"}}}',
         '{"op_code":8,"trial_id":0,"user_attr":{"result":{"trial":0,"phase":"search","seed":0,"values":{"lr":99},"error":"x"}}}',
@@ -384,7 +434,7 @@ def test_entries_that_make_no_sense_are_one_plain_error(tmp_path, entry):
     with path.open("a") as file:
         file.write(f'{entry[:-1]},"end":true}}\n')
     with pytest.raises(InputError, match="the run's journal can't be replayed"):
-        Worker(path, config, "b")
+        _ = (study := SharedStudy(shared(path), config, META, "b")).meta, study.peak
 
 
 def test_optuna_reads_the_same_recipes_values_and_axes(tmp_path):
@@ -615,6 +665,47 @@ def test_signs_of_life(tmp_path):
     assert list(log.beats()) == ["b"]
 
 
+def test_what_one_worker_does_otherwise_the_next_does_not(tmp_path):
+    config = study_config().but(folder=tmp_path / "run", workers="auto")
+    folder = RunFolder.of(config)
+    folder.share(config, {}, "a").log.close()
+    folder.share(folder.load_config().but(workers="1"), {}, "b", joins=True).log.close()
+    assert folder.load_config().run.workers == "auto"
+    folder.share(config.but(workers="2"), {}, "c").log.close()
+    assert folder.load_config().run.workers == 2
+
+
+@pytest.mark.parametrize("before", ["file", "postgresql://me@host/db"])
+def test_a_run_does_not_begin_anew_where_its_storage_is_another_one(tmp_path, before):
+    other = "file" if before != "file" else "postgresql://me@nowhere.invalid/db"
+    old, new = (
+        parse_config(study_config().resolved() | {"run": {"storage": storage, "folder": str(tmp_path / "run")}})
+        for storage in (before, other)
+    )
+    folder = RunFolder.of(old)
+    if before == "file":
+        folder.share(old, {}, "a").log.close()
+    else:
+        folder._make(folder.path)
+        folder._write_config(old)
+    text = folder.config.read_text()
+    for opened in (folder.share, folder.open):
+        with pytest.raises(InputError, match=r"this run is kept in (its folder|a database), and is not moved"):
+            opened(new, {}, **({"worker": "b"} if opened == folder.share else {"fresh": False}))
+    assert folder.config.read_text() == text
+
+
+def test_no_terminal_obeys_what_workers_tell_of_themselves(tmp_path):
+    config = study_config().but(folder=tmp_path / "run")
+    folder = RunFolder.of(config)
+    folder.share(config, {}, "a").log.close()
+    log, about = shared(folder.journal), {"node": "\x1b]0;n1\x07", "gpus": ["\x9b2J", 2], "since": None}
+    log.beat("b\x1b[2J\n", "0", about)
+    text = "".join(status_lines(folder))
+    assert "n1" in text
+    assert text.isprintable()
+
+
 @pytest.mark.parametrize(
     ("mounts", "options"),
     [
@@ -653,3 +744,32 @@ def test_a_signal_ends_a_wait_and_nothing_else():
         assert heard == [signal.SIGUSR1]
     finally:
         signal.signal(signal.SIGUSR1, before)
+
+
+@pytest.mark.parametrize("apart", [0, 1, 2, 3, 5, 8])
+def test_signals_at_any_moment_end_a_wait_as_told(apart):
+    """Two of them, so many instructions apart: a scheduler sends several."""
+    for first in range(1, 60):
+        with Stop() as stop:
+            counted = 0
+
+            def count(frame, event, _):
+                nonlocal counted
+                if frame.f_code is not Stop.unless_told.__code__:
+                    return None
+                frame.f_trace_opcodes = True
+                if event == "opcode":
+                    counted += 1
+                    if counted in (first, first + apart):  # noqa: B023 - used within its round
+                        signal.raise_signal(signal.SIGTERM)
+                return count
+
+            before = sys.gettrace()
+            sys.settrace(count)
+            try:
+                assert stop.unless_told(lambda: "done") in ("done", None)
+            finally:
+                sys.settrace(before)
+            signal.raise_signal(signal.SIGTERM)  # after it, none raises
+            assert stop.unless_told(lambda: "done") is None
+    assert counted < 59  # all moments were tried

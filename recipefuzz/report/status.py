@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Iterator
 
 from recipefuzz.config import Config
+from recipefuzz.errors import shorten
 from recipefuzz.ranking import candidates
 from recipefuzz.recipe import shown
 from recipefuzz.report.picture import COLORS, outcome
@@ -45,9 +46,11 @@ def status_lines(folder: RunFolder, *, queued: bool = False) -> Iterator[str]:
 def _workers(folder: RunFolder, config: Config) -> Iterator[str]:
     """Of a shared run: who is at work, and who has been silent for so long that the others take its trials."""
     for name, beat in sorted(folder.workers(config).items()) if folder.is_shared(config) else ():
-        about = ", ".join(f"{key} {value}" for key, value in beat.about.items() if key in SHOWN and value != "")
+        about = ", ".join(
+            f"{key} {shorten(value)}" for key, value in beat.about.items() if key in SHOWN and value != ""
+        )
         silent = f"silent for {beat.silent:.0f} s: counts as gone" if beat.silent > config.run.lease else "at work"
-        yield f"  worker   {name}: {silent}; {about}"
+        yield f"  worker   {shorten(name)}: {silent}; {about}"
 
 
 def _state(
