@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 
 if TYPE_CHECKING:
     from postgres import Server
+    from slurm import Slurm
 
     from recipefuzz.config import Config
 
@@ -95,6 +97,23 @@ def postgres() -> Iterator[Server]:
 
     with serving() as server:
         yield server
+
+
+@pytest.fixture(scope="session")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Slurm]:
+    """A SLURM cluster, for all tests that need one."""
+    from slurm import serving
+
+    with serving(tmp_path_factory.mktemp("slurm")) as found:
+        yield found
+
+
+@pytest.fixture
+def slurm(cluster: Slurm) -> Iterator[Slurm]:
+    """The cluster, of which the test leaves nothing running."""
+    yield cluster
+    cluster.run("scancel", f"--user={os.getuid()}")
+    cluster.wait_for_end(60)
 
 
 @pytest.fixture(autouse=True)

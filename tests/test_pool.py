@@ -8,7 +8,6 @@ from __future__ import annotations
 import gc
 import itertools
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -549,20 +548,13 @@ Path({str(seen)!r}, os.environ["CUDA_VISIBLE_DEVICES"]).touch()
 
 
 @pytest.mark.parametrize(
-    ("device", "problem", "shown"),
-    [
-        ("gpu", "not a device", "expected: auto, cpu, cuda, cuda:0, ... or mps"),
-        ("cpu:1", "not a device", "found:    cpu:1"),
-        ("cuda:x", "not a device", "found:    cuda:x"),
-        ("cuda", "this machine has no such device", "expected: it has a CPU only"),
-        ("cuda:2", "this machine has no such device", "fix:      device: auto"),
-    ],
+    ("device", "shown"), [("cuda", "expected: it has a CPU only"), ("cuda:2", "fix:      device: auto")]
 )
-def test_devices_that_are_not_there(write_study, monkeypatch, device, problem, shown):
+def test_devices_that_are_not_there(write_study, monkeypatch, device, shown):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     config = write_study(more=f"run: {{device: '{device}'}}\n")
-    with pytest.raises(InputError, match=rf"config\.yaml:5: run\.device: {re.escape(problem)}") as caught:
+    with pytest.raises(InputError, match=r"config\.yaml:5: run\.device: this machine has no such device") as caught:
         select.pick_device(config)
     assert shown in str(caught.value)
     assert select.pick_device(write_study()) == "cpu"

@@ -9,21 +9,15 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
-TOOLS = Path(__file__).parents[3] / "shared" / "slurm"
+TOOLS = Path(__file__).parents[2] / "shared" / "slurm"
 PACKAGES = {"slurmctld": "slurm-wlm", "munged": "munge"}
 NODES = 3
-HERE = Path(__file__).parent
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    for item in items:
-        if item.path.is_relative_to(HERE):
-            item.add_marker(pytest.mark.cluster)
 
 
 @dataclass(frozen=True)
@@ -79,11 +73,11 @@ def _path() -> str:
     return f"{os.environ['PATH']}:/usr/sbin:/sbin"
 
 
-@pytest.fixture(scope="session")
-def _cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Slurm]:
+@contextmanager
+def serving(folder: Path) -> Iterator[Slurm]:
+    """A cluster, with its state in that folder; where there can be none, the tests are skipped."""
     if missing := _missing():
         pytest.skip(missing)
-    folder = tmp_path_factory.mktemp("slurm")
     with (
         pytest.MonkeyPatch.context() as patch,
         (Path(tempfile.gettempdir()) / "recipefuzz-slurm.lock").open("w") as lock,
@@ -95,11 +89,3 @@ def _cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Slurm]:
             yield Slurm(folder / "slurm.conf", folder)
         finally:
             subprocess.run([TOOLS / "stop-slurm.sh", folder], check=True, timeout=120)
-
-
-@pytest.fixture
-def slurm(_cluster: Slurm) -> Iterator[Slurm]:
-    """The cluster, of which the test leaves nothing running."""
-    yield _cluster
-    _cluster.run("scancel", f"--user={os.getuid()}")
-    _cluster.wait_for_end(60)

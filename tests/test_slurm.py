@@ -19,7 +19,9 @@ import yaml
 from recipefuzz.launch.jobs import alive, submitted
 
 if TYPE_CHECKING:
-    from conftest import Slurm
+    from slurm import Slurm
+
+pytestmark = pytest.mark.cluster
 
 TRIALS, TOP, SEEDS = 24, 2, 2
 # and a line about each worker that comes
