@@ -32,7 +32,7 @@ TURN_SHARE = (
     20  # and so many times what a turn takes: where the log is slow or busy, 5 % of the time goes to it at most
 )
 MOST = 4096  # trials that a worker holds
-WATCHED = 8  # workers that each worker watches: all together would read a million signs of life
+WATCHED = 8  # workers that each worker watches at first: all of a thousand, and they read a million signs of life
 IDLE_SECONDS = (0.1, 5.0)  # between looks at the log, when the last trials are being run by others: first, and at most
 
 
@@ -160,6 +160,7 @@ class Shift:
         self._config, self._log, self.study, self._engine = config, log, study, engine
         self._heart, self._listener = heart, listener
         self._watch, self._looked, self._gone = Watch(config.run.lease, heart.clock), 0.0, set[str]()
+        self._breadth = WATCHED
         self._clock = Clock(config.search.time, study.seconds)
         self._pace = Pace.of(config, engine)
         self._held: dict[tuple[int, int], Item] = {}
@@ -240,14 +241,19 @@ class Shift:
         return pause
 
     def _lapsed(self) -> set[str]:
-        """Workers that hold trials and are gone, of the WATCHED that follow this one in a ring of their names."""
+        """Workers that hold trials and are gone, of those that follow this one in a ring of their names.
+
+        Of WATCHED at first; who finds some gone watches twice as many from then on, so that of a thousand that are gone
+        at once, the last are found after seven leases, not after a hundred.
+        """
         if time.monotonic() - self._looked >= self._config.run.lease / BEATS:
             self._looked = time.monotonic()
             ring = sorted(self.study.holders - {self.study.worker})
             at = bisect(ring, self.study.worker)
-            watched = [*ring[at:], *ring[:at]][:WATCHED]
+            watched = [*ring[at:], *ring[:at]][: self._breadth]
             marks = {worker: beat.mark for worker, beat in self._log.beats(watched).items()}
             self._gone = self._watch.lapsed(watched, marks)
+            self._breadth *= 2 if self._gone else 1
         return self._gone & self.study.holders
 
     def _tell(self, turn: Turn) -> None:
