@@ -23,9 +23,10 @@ space:
   norm: [none, batch, layer]
 recipe: {input_norm: standardize, optimizer: momentum}
 trial: {steps: 150}
-search: {trials: 240, confirm: {top: 5, seeds: 3}}
-run: {workers: 1}
+search: {trials: 160, confirm: {top: 5, seeds: 3}}
+run: {workers: 1, engine: sequential}
 """
+# on one engine: which one a run takes, and with how many lanes, is measured at each start, and each rounds otherwise
 
 
 def start(name: str) -> subprocess.Popen[bytes]:
