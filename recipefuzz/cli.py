@@ -306,7 +306,8 @@ def status(run: RunName) -> None:
 
     folder = RunFolder.find(run)
     jobs = alive(folder.path)
-    for line in (*status_lines(folder, queued=bool(jobs.workers)), *job_lines(jobs)):
+    again = "submit" if jobs.submissions else "search"
+    for line in (*status_lines(folder, queued=bool(jobs.workers), again=again), *job_lines(jobs, folder.path)):
         console().print(line)
 
 

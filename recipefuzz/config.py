@@ -409,7 +409,7 @@ MEANING = job_config.MEANING | {
     "run.workers": "auto, or a number of processes up to 1024 (0: train in this one)",
     "run.engine": "auto, sequential or fused",
     "run.storage": "for many workers: file, in the run's folder, or postgresql://user@host/database; "
-    "its password in PGPASSWORD or ~/.pgpass",
+    "its password in PGPASSWORD, in the file PGPASSFILE names, or in ~/.pgpass",
     "run.lock": "kernel, or file where the filesystem has no locks that other machines see",
     "run.lease": DURATION + ": after so much silence a worker counts as gone",
     "run.retries": "an integer, 1 or more: workers that a trial may lose before it is an error",

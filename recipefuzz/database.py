@@ -82,7 +82,7 @@ class DatabaseLog(EntryLog):
             raise InputError(
                 f"can't open the database: {str(error).strip().splitlines()[0]}",
                 place=Place(url),
-                fix="is the server running, and does PGPASSWORD or ~/.pgpass hold the password?",
+                fix="is the server there, and the database, and the password in PGPASSWORD, PGPASSFILE or ~/.pgpass?",
             ) from error
 
     def _connect(self) -> psycopg.Connection[Any]:

@@ -91,6 +91,11 @@ class RunFolder:
             store.close()
         return results, seconds, peak
 
+    def is_of(self, config: Config, code: Mapping[str, str]) -> bool:
+        """Whether that config and that code made the run."""
+        with contextlib.closing(Store(self.log(config, write=False), write=False)) as store:
+            return store.meta() == identity(config, code)
+
     def diagnoses(self) -> dict[int, Diagnosis]:
         """What was found out about trials, by their numbers; a file that can't be read is as good as none."""
         try:

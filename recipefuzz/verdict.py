@@ -178,7 +178,8 @@ def _hardly_moves(e: Evidence) -> Verdict | None:
         f"they move the weights by {e.path:.1g} of their size"
         + (f", and the loss by {e.reach:.1g} of the baseline at most" if out_of_reach else "")
     )
-    return _stalled(e, text, "lr_too_low")
+    # far above a constant's loss, and not on its way down: it is not small steps that keep it there
+    return _stalled(e, text, "unknown" if e.now.high < FAR_BELOW and not e.falling else "lr_too_low")
 
 
 def _hopeless(e: Evidence) -> bool:

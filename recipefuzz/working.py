@@ -83,8 +83,15 @@ def search_shared(config: Config, task: Task, folder: RunFolder, listener: Liste
 
 
 def finish(config: Config, folder: RunFolder, listener: Listener) -> SearchResult:
-    """Explain the failures of a run and write its tables, when its workers are done."""
+    """Write the tables of a run when its workers are done; then explain its failures, and write them again.
+
+    What was explained is kept, so a job whose time is up in the midst of it goes on from there.
+    """
     results, _, peak = folder.read(config.axes)
+    found = report(folder, config, results, peak)
+    if not folder.is_of(config, fingerprints(user_files(config))):
+        listener.say("the config or the code has changed since the run was made: its failures are not explained")
+        return found
     explain(config, resolve(config), folder, results, listener)
     return report(folder, config, results, peak)
 
@@ -258,11 +265,12 @@ class Shift:
 
     def _tell(self, turn: Turn) -> None:
         """The listener hears of all trials, whoever ran them."""
+        comes = self._phase is None
         for phase in Phase:
             news = [result for result in turn.news if result.phase is phase]
             if self._phase is None or (news and phase is not self._phase):
                 total = self.study.total if phase is Phase.SEARCH else len(self.study.wanted())
-                done = news if self._phase is None else []  # what there was before this worker came
+                done = news if comes else []  # what there was before this worker came
                 self._listener.begin(phase, done, total)
                 self._phase, news = phase, news[len(done) :]
             for result in news:

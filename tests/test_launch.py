@@ -207,9 +207,10 @@ def test_status_of_jobs(tmp_path: Path, fake: FakeCommand) -> None:
     keep(tmp_path, [ONE])
     given = fake("squeue", QUEUE)
     jobs = alive(tmp_path)
-    assert list(job_lines(jobs)) == [
+    assert list(job_lines(jobs, tmp_path)) == [
         "  jobs     2 running on n1 n2, 1 pending (Resources)",
         "  report   by job 13: 1 pending (Dependency)",
+        f"  logs     {tmp_path / 'jobs'}",
     ]
     assert jobs.ids == ["12", "13"], "14 has the name, but is of another run"
     assert "--name=recipefuzz-a,recipefuzz-a-report" in given.read_text()
@@ -218,13 +219,21 @@ def test_status_of_jobs(tmp_path: Path, fake: FakeCommand) -> None:
 def test_status_of_jobs_that_have_ended(tmp_path: Path, fake: FakeCommand) -> None:
     keep(tmp_path, [ONE])
     fake("squeue", "true")
-    assert list(job_lines(alive(tmp_path))) == ["  jobs     no worker is queued or running"]
+    lines = ["  jobs     no worker is queued or running", f"  logs     {tmp_path / 'jobs'}"]
+    assert list(job_lines(alive(tmp_path), tmp_path)) == lines
+    (tmp_path / "jobs").mkdir()
+    (tmp_path / "jobs" / "12_0_0_log.out").write_text(
+        "Traceback (most recent call last):\n  ...\nOSError: \x1b[31mno such disk\n"
+    )
+    (tmp_path / "jobs" / "12_1_0_log.out").write_text("search 3/20\n")
+    last = r"  last     'OSError: \x1b[31mno such disk' (12_0_0_log.out)"
+    assert list(job_lines(alive(tmp_path), tmp_path)) == [*lines, last]
     assert list(end(RunFolder(tmp_path))) == ["no job of this run is queued or running"]
 
 
 def test_a_run_that_was_never_submitted_asks_nobody(tmp_path: Path, fake: FakeCommand) -> None:
     given = fake("squeue", "exit 1")
-    assert list(job_lines(alive(tmp_path))) == []
+    assert list(job_lines(alive(tmp_path), tmp_path)) == []
     assert not given.exists()
 
 
@@ -244,7 +253,7 @@ def test_a_slurm_that_can_not_be_asked_is_words(
         monkeypatch.setenv("PATH", str(tmp_path))
     else:
         fake("squeue", script)
-    assert list(job_lines(alive(tmp_path))) == [f"  jobs     unknown: {why}"]
+    assert list(job_lines(alive(tmp_path), tmp_path)) == [f"  jobs     unknown: {why}"]
     with pytest.raises(RunFailedError, match=why):
         list(end(RunFolder(tmp_path)))
     fake("sbatch", "true")
@@ -272,7 +281,9 @@ def test_cancel(tmp_path: Path, fake: FakeCommand) -> None:
 
 def test_what_a_template_submitted_is_ended_by_its_own_scheduler(tmp_path: Path) -> None:
     keep(tmp_path, [Submission("2026-01-01T00:00:00+00:00", 4, said="77.pbs")])
-    assert list(job_lines(alive(tmp_path))) == ["  jobs     handed to the scheduler 2026-01-01T00:00:00+00:00: 77.pbs"]
+    assert list(job_lines(alive(tmp_path), tmp_path)) == [
+        "  jobs     handed to the scheduler 2026-01-01T00:00:00+00:00: 77.pbs"
+    ]
     assert "end it with the scheduler's own command" in next(end(RunFolder(tmp_path)))
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from recipefuzz.checks.recital import recital
-from recipefuzz.diagnose.overfit import Overfit, overfit
+from recipefuzz.diagnose.overfit import BY_HEART, Overfit, overfit
 from recipefuzz.diagnose.patient import Patient
 from recipefuzz.finding import Finding, Level
 from recipefuzz.report.picture import sparkline
@@ -32,7 +32,10 @@ def check(patient: Patient) -> list[Finding]:
         "cause": "" if found.works or not found.decided else "cannot_overfit",
     }
     if found.works:
-        seen = f"ten rows are learned by heart in {found.steps} steps (skill {found.skill:.2f}; {_recipe(found)})"
+        known = (
+            "" if found.skill >= BY_HEART else f", where {found.goal:g} is enough for a loss whose least isn't known"
+        )
+        seen = f"ten rows are learned in {found.steps} steps (skill {found.skill:.2f}{known}; {_recipe(found)})"
         return [Finding(NAME, Level.PASS, seen, lines=lines, evidence=evidence)]
     best = "no run was finite" if math.isnan(found.skill) else f"best skill {found.skill:.2f} of {found.goal:g}"
     if not found.decided:

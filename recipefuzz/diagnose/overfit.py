@@ -94,10 +94,10 @@ def overfit(patient: Patient, seconds: float = math.inf) -> Overfit:
             for recipe in sorted(part, key=lambda r: -skills[r]):  # stable: as they are, at first
                 run = _learned(replace(patient, task=task, recipe=recipe), baselines, steps, until)
                 best = _better(best, run, new=steps < STEPS)
-                if best.works:
+                if best.works and (best.skill >= BY_HEART or steps == STEPS):  # a low goal is not all there is
                     return best
                 if time.process_time() > until:
-                    return replace(best, decided=False)
+                    return replace(best, decided=best.works)
                 skills[recipe] = -math.inf if run is None else run.skill
     return best
 

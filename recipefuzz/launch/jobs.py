@@ -11,11 +11,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from recipefuzz.atomic import write_atomically
-from recipefuzz.errors import InputError, Place, RunFailedError
+from recipefuzz.errors import InputError, Place, RunFailedError, shorten
+from recipefuzz.launch.private_folder import JOBS
 from recipefuzz.records import read_record
 
 FILE = "jobs.json"  # in the run's folder
 SECONDS = 30.0  # for SLURM to answer
+ENDED, TAIL = 20, 100_000  # logs that are looked through for an error, and the bytes at their ends
 
 
 @dataclass(frozen=True)
@@ -190,7 +192,7 @@ def run_command(command: Sequence[str], seconds: float | None = SECONDS) -> str:
     return done.stdout
 
 
-def job_lines(jobs: Jobs) -> Iterator[str]:
+def job_lines(jobs: Jobs, run: Path) -> Iterator[str]:
     """For `recipefuzz status`: a line of words each."""
     for submission in jobs.submissions:
         if not submission.array:
@@ -202,6 +204,20 @@ def job_lines(jobs: Jobs) -> Iterator[str]:
         yield f"  jobs     {_counts(jobs.workers) or 'no worker is queued or running'}"
         if jobs.finish:
             yield f"  report   by job {jobs.finish[0].id}: {_counts(jobs.finish)}"
+        yield f"  logs     {run / JOBS}"
+        if not jobs.workers and (error := last_error(run)):
+            yield f"  last     {error}"
+
+
+def last_error(run: Path) -> str:
+    """The exception with which the last worker ended that wrote a log, and in which log it is; empty if with none."""
+    logs = sorted((run / JOBS).glob("*_log.out"), key=lambda path: path.stat().st_mtime)
+    for path in reversed(logs[-ENDED:]):
+        text = path.read_bytes()[-TAIL:].decode(errors="replace")
+        errors = [line for line in text.splitlines() if re.match(r"[\w.]*(Error|Exception)\b", line)]
+        if errors:
+            return f"{shorten(errors[-1], 300)} ({path.name})"
+    return ""
 
 
 def _counts(jobs: Sequence[Job]) -> str:

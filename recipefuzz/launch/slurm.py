@@ -20,7 +20,8 @@ from recipefuzz.launch.jobs import job_names
 from recipefuzz.launch.private_folder import JOBS
 from recipefuzz.launch.task import Finish, Worker
 
-REQUEUES = 1_000_000  # as often as it takes
+REQUEUES = 1_000_000  # of a worker whose time was too short: as often as it takes
+REPORTS = 5  # of the job that reports: its tables are written first, and explanations are kept
 # submitit's jobs run with -m, which puts the folder that they were submitted from first on the path: not with -P
 PYTHON = f"{shlex.quote(sys.executable)} -P"
 
@@ -50,7 +51,7 @@ def submit_workers(config: Config, run: Path) -> str:
     Raises:
         RunFailedError: sbatch refuses, or isn't there.
     """
-    jobs = _submit(_workers(config, run / JOBS), run / JOBS, [Worker(str(run))] * config.run.slurm.workers)
+    jobs = _submit(_workers(config, run / JOBS), run / JOBS, [Worker(str(run))] * config.run.slurm.workers, REQUEUES)
     return jobs[0].split("_")[0]
 
 
@@ -60,7 +61,7 @@ def submit_finish(config: Config, run: Path, after: Sequence[str]) -> str:
     Raises:
         RunFailedError: sbatch refuses, or isn't there.
     """
-    return _submit(_finish(config, run / JOBS, after), run / JOBS, [Finish(str(run))])[0]
+    return _submit(_finish(config, run / JOBS, after), run / JOBS, [Finish(str(run))], REPORTS)[0]
 
 
 def require_slurm() -> None:
@@ -78,12 +79,12 @@ def require_slurm() -> None:
         )
 
 
-def _submit(parameters: dict[str, Any], folder: Path, tasks: Sequence[Any]) -> list[str]:
+def _submit(parameters: dict[str, Any], folder: Path, tasks: Sequence[Any], requeues: int) -> list[str]:
     from submitit import SlurmExecutor
     from submitit.core.utils import FailedJobError, FailedSubmissionError
 
     try:
-        executor = SlurmExecutor(folder, max_num_timeout=REQUEUES, python=PYTHON)
+        executor = SlurmExecutor(folder, max_num_timeout=requeues, python=PYTHON)
         executor.update_parameters(**parameters)
         return [str(job.job_id) for job in executor.submit_array(tasks)]
     except (FailedJobError, FailedSubmissionError, RuntimeError, OSError) as error:

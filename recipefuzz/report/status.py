@@ -18,17 +18,18 @@ from recipefuzz.sampling import total
 SHOWN = ("job", "node", "gpus", "holds", "since")  # of what a worker tells of itself
 
 
-def status_lines(folder: RunFolder, *, queued: bool = False) -> Iterator[str]:
+def status_lines(folder: RunFolder, *, queued: bool = False, again: str = "search") -> Iterator[str]:
     """Counts by verdict, throughput, what is left, the best so far: a line each.
 
     Args:
         queued: whether a cluster has jobs of the run that will go on with it.
+        again: the command that goes on with it otherwise.
     """
     config = folder.load_config()
     results, elapsed, peak = folder.read(config.axes)
     searched = [r for r in results if r.phase is Phase.SEARCH]
     confirming = [r for r in results if r.phase is Phase.CONFIRM]
-    yield f"{config.study}: {_state(folder, config, searched, confirming, queued)}"
+    yield f"{config.study}: {_state(folder, config, searched, confirming, queued, again)}"
     yield f"  search   {len(searched)} of {total(config.search, config.axes)} trials: {_counts(searched)}"
     yield f"  confirm  {len(confirming)} of {_wanted(config, searched)} runs: {_counts(confirming)}"
     if searched and elapsed > 0:
@@ -54,12 +55,17 @@ def _workers(folder: RunFolder, config: Config) -> Iterator[str]:
 
 
 def _state(
-    folder: RunFolder, config: Config, searched: list[TrialResult], confirming: list[TrialResult], queued: bool
+    folder: RunFolder,
+    config: Config,
+    searched: list[TrialResult],
+    confirming: list[TrialResult],
+    queued: bool,
+    again: str,
 ) -> str:
     if folder.is_held() or folder.is_busy(config):
         return "running"
     trials, runs = total(config.search, config.axes) - len(searched), _wanted(config, searched) - len(confirming)
-    stopped, how = ("queued", "") if queued else ("stopped", f": recipefuzz search {folder.config}")
+    stopped, how = ("queued", "") if queued else ("stopped", f": recipefuzz {again} {folder.config}")
     if trials > 0 and not confirming:  # once it confirms, the search was over, perhaps by its time
         return f"{stopped}; {trials} trials are left{how}"
     if runs > 0:
