@@ -11,7 +11,11 @@ import yaml
 
 import recipefuzz
 from recipefuzz.errors import InputError
+from recipefuzz.listening import Silent
 from recipefuzz.result import Phase
+from recipefuzz.run_folder import RunFolder, fingerprints
+from recipefuzz.targets.resolve import user_files
+from recipefuzz.working import finish
 
 CASE = """
 import torch
@@ -204,6 +208,17 @@ def test_tables_without_their_journal_are_not_written_over(study: dict) -> None:
     (result.folder / "study.journal").write_bytes(b"")
     with pytest.raises(InputError, match="the folder has files in it"):
         recipefuzz.search(study)
+
+
+def test_the_end_of_a_shared_run_is_reported_and_other_code_is_known(study: dict) -> None:
+    result = recipefuzz.search(study | {"run": study.get("run", {}) | {"storage": "file"}})
+    folder = RunFolder(result.folder)
+    (folder.path / "ranking.csv").unlink()
+    found = finish(folder.load_config(), folder, Silent())
+    assert (folder.path / "ranking.csv").exists()
+    assert found.diagnoses.keys() == result.diagnoses.keys()
+    assert folder.is_of(folder.load_config(), fingerprints(user_files(folder.load_config())))
+    assert not folder.is_of(folder.load_config(), {"model.py": "0123456789ab"})
 
 
 def test_a_search_from_python_is_no_batch_job(study: dict) -> None:

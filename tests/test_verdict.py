@@ -78,6 +78,18 @@ def test_small_steps_say_how_far_the_loss_can_get_only_where_that_decides(gradie
     assert ("of the baseline at most" in verdict.reason) is said
 
 
+@pytest.mark.parametrize(
+    ("skill", "cause"),
+    [(np.zeros(len(T)), "lr_too_low"), (-1e17 * np.ones(len(T)), "unknown"), (-20 + T, "lr_too_low")],
+)
+def test_a_loss_far_above_a_constants_that_does_not_fall_is_not_blamed_on_small_steps(
+    skill: np.ndarray, cause: str
+) -> None:
+    verdict, _ = decide(run(np.minimum(skill, 0), pace=1e-6))
+    assert verdict.label is Label.STALLED
+    assert verdict.cause == cause
+
+
 def test_a_plateau_is_not_called_a_stall_within_the_short_budget() -> None:
     flat = run(np.zeros(BUDGET.limit), gradient=20.0)
     assert all(judge(head(flat, n), BASELINE, BUDGET) is None for n in BUDGET.checkpoints() if n <= BUDGET.steps)
