@@ -65,7 +65,7 @@ def _state(
     if folder.is_held() or folder.is_busy(config):
         return "running"
     trials, runs = total(config.search, config.axes) - len(searched), _wanted(config, searched) - len(confirming)
-    stopped, how = ("queued", "") if queued else ("stopped", f": recipefuzz {again} {folder.config}")
+    stopped, how = ("queued or starting", "") if queued else ("stopped", f": recipefuzz {again} {folder.config}")
     if trials > 0 and not confirming:  # once it confirms, the search was over, perhaps by its time
         return f"{stopped}; {trials} trials are left{how}"
     if runs > 0:
