@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import shutil
+import signal
 import subprocess
 import tempfile
 import time
@@ -54,6 +56,26 @@ class Slurm:
         while not condition():
             assert time.monotonic() < end, f"{what}: not within {seconds} s; the queue: {self.run('squeue')}"
             time.sleep(0.2)
+
+    @contextmanager
+    def lost(self, node: str) -> Iterator[None]:
+        """Without one of its nodes, and with all that ran there killed; after that it is there again."""
+        pids = dict(line.split() for line in (self.folder / "pids").read_text().splitlines())
+        os.kill(int(pids[f"slurmd-{node}"]), signal.SIGKILL)
+        for process in Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(OSError):
+                if f"SLURMD_NODENAME={node}".encode() in (process / "environ").read_bytes().split(b"\0"):
+                    os.kill(int(process.name), signal.SIGKILL)
+        try:
+            yield
+        finally:
+            command = f"slurmd -D -N {node} -f {self.conf} >/dev/null 2>&1 </dev/null & echo slurmd-{node} $!"
+            done = subprocess.run(
+                ["sh", "-c", command], env={"PATH": _path()}, capture_output=True, text=True, check=True
+            )
+            with (self.folder / "pids").open("a") as file:
+                file.write(done.stdout)
+            self.wait("the node is back", lambda: "idle" in self.run("sinfo", "-h", "-n", node, "-o", "%t"), 60)
 
     def wait_for_end(self, seconds: float = 300) -> None:
         """Until no job is left, be it with success or not."""

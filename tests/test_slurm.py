@@ -50,11 +50,12 @@ def loss(output, target):
 
 @dataclass(frozen=True)
 class Study:
-    """A study of some 600 steps, of `pause` seconds each."""
+    """A study of 20 steps or more a trial, of `pause` seconds each."""
 
     folder: Path
     run: Path
     pause: float
+    trials: int
 
     def recipefuzz(self, *arguments: str, code: int = 0) -> str:
         command = [sys.executable, "-m", "recipefuzz", *arguments]
@@ -87,7 +88,7 @@ class Study:
         """Everything was done once, and is reported."""
         table = pd.read_csv(self.run / "trials.csv", keep_default_na=False)
         counts = Counter(table["phase"])
-        assert counts == {"search": TRIALS, "confirm": TOP * SEEDS}, self.logs()
+        assert counts == {"search": self.trials, "confirm": TOP * SEEDS}, self.logs()
         assert not table.duplicated(["trial", "phase", "seed"]).any()
         assert set(table["verdict"]) <= {"converging", "stalled", "nan"}, "an error"
         assert (self.run / "ranking.csv").exists()
@@ -99,26 +100,34 @@ def study(tmp_path: Path) -> Study:
     return write_study(tmp_path, workers=3, cpus=3)
 
 
-def write_study(folder: Path, pause: float = 0.02, diagnose: int = 0, **slurm: object) -> Study:
+def write_study(
+    folder: Path, pause: float = 0.02, diagnose: int = 0, trials: int = TRIALS, lease: float = 60, **slurm: object
+) -> Study:
     (folder / "case.py").write_text(CODE)
     config = {
         "target": {"data": "case:load", "model": "case:build", "loss": "case:loss"},
         "space": {"lr": {"low": 1e-3, "high": 1, "log": True}},
         "trial": {"steps": 20, "extend": 1},
         "search": {
-            "trials": TRIALS,
+            "trials": trials,
             "sampler": "random",
             "confirm": {"top": TOP, "seeds": SEEDS},
             "diagnose": diagnose,
         },
-        "run": {"engine": "sequential", "workers": 0, "launcher": "slurm", "slurm": {"time": "10m"} | slurm},
+        "run": {
+            "engine": "sequential",
+            "workers": 0,
+            "lease": lease,
+            "launcher": "slurm",
+            "slurm": {"time": "10m"} | slurm,
+        },
     }
     (folder / "study.yaml").write_text(yaml.safe_dump(config))
-    return Study(folder, folder / "runs" / "study", pause)
+    return Study(folder, folder / "runs" / "study", pause, trials)
 
 
 def test_workers_on_several_nodes_and_then_the_report(slurm: Slurm, tmp_path: Path) -> None:
-    study = write_study(tmp_path, pause=0.01, diagnose=1, workers=3, cpus=3)
+    study = write_study(tmp_path, pause=0.0, diagnose=1, trials=400, workers=3, cpus=3)
     scripts = study.recipefuzz("submit", "study.yaml", "--dry-run")
     array, finish = study.submit()
     assert "report   by job" in study.recipefuzz("status", "study")
@@ -217,6 +226,17 @@ def test_preempted_jobs_come_back_once(slurm: Slurm, study: Study) -> None:
     assert {job["JobState"] for job in shown} == {"COMPLETED"}
     assert json.loads((study.run / "jobs.json").read_text())[0]["array"] == array
     study.check()
+
+
+def test_a_node_that_is_lost(slurm: Slurm, tmp_path: Path) -> None:
+    study = write_study(tmp_path, pause=0.06, lease=5, workers=3, cpus=3)
+    study.submit()
+    slurm.wait("some trials are done", lambda: study.finished() > 3)
+    node = alive(study.run).workers[0].node
+    with slurm.lost(node):
+        slurm.wait_for_end()
+        study.check()
+    assert len({job for job, *_ in study.came()}) >= 3
 
 
 TEMPLATE = """\
