@@ -46,7 +46,7 @@ def study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict:
         "space": {"lr": {"low": 1e-4, "high": 10, "log": True}, "clip_norm": [None, 1]},
         "recipe": {"optimizer": "momentum"},
         "trial": {"steps": 60, "batch_size": 16},
-        "search": {"trials": 12, "confirm": {"top": 2, "seeds": 2}},
+        "search": {"trials": 12, "confirm": {"top": 2, "seeds": 2}, "diagnose": 0},
         "run": {"workers": 0},
         "base": str(tmp_path),
     }
@@ -65,6 +65,7 @@ def in_order(trials: pd.DataFrame) -> pd.DataFrame:
 
 def test_a_search_finds_confirms_and_ranks(study: dict, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DATABASE_PASSWORD", "hunter2")
+    study["search"]["diagnose"] = 1
     result = recipefuzz.search(study)
     trials = result.trials
     assert list(trials[trials.phase == "search"].trial) == list(range(12))
@@ -211,7 +212,9 @@ def test_tables_without_their_journal_are_not_written_over(study: dict) -> None:
 
 
 def test_the_end_of_a_shared_run_is_reported_and_other_code_is_known(study: dict) -> None:
-    result = recipefuzz.search(study | {"run": study.get("run", {}) | {"storage": "file"}})
+    study["search"]["diagnose"] = 1
+    result = recipefuzz.search(study | {"run": {"workers": 0, "storage": "file"}})
+    assert result.diagnoses
     folder = RunFolder(result.folder)
     (folder.path / "ranking.csv").unlink()
     found = finish(folder.load_config(), folder, Silent())
