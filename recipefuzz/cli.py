@@ -286,7 +286,7 @@ def report(
 
     folder = RunFolder.find(run)
     config = folder.load_config()
-    results, _, peak = folder.read(config.axes)
+    results, _, peak = folder.read(config)
     ranking, winner = rank_run(config, results)
     diagnoses = folder.diagnoses()
     write_reports(folder.path, config, results, ranking, winner, diagnoses)

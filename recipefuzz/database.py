@@ -66,9 +66,8 @@ class DatabaseLog(EntryLog):
     """
 
     def __init__(self, url: str, study: str, *, write: bool) -> None:
-        super().__init__()
-        self.name = f"{url} ({study})"
-        self._url, self._study, self._write = url, study, write
+        super().__init__(f"{url} ({study})", write=write)
+        self._url, self._study = url, study
         self._token = f"{random.SystemRandom().getrandbits(64):x}"
         self._turns = 0
         self._first = ""  # token of the study's first batch, by which it is told from another one of its name
@@ -123,10 +122,6 @@ class DatabaseLog(EntryLog):
         """Whether it lies with the connection: a server that ends one may give any reason for that."""
         of_connections = (self._psycopg.OperationalError, self._psycopg.InterfaceError)
         return isinstance(error, of_connections) or self._connection is None or self._connection.closed
-
-    @property
-    def _writes(self) -> bool:
-        return self._write
 
     @contextmanager
     def _alone(self) -> Iterator[None]:

@@ -83,7 +83,7 @@ def diagnose(
         check_value(name, value, Source(), "--set", name)
     stored: list[TrialResult] = []
     if trial is not None:
-        stored, *_ = RunFolder.find(str(RunFolder.of(config).path)).read(config.axes)
+        stored, *_ = RunFolder.find(str(RunFolder.of(config).path)).read(config)
         recipe = _stored(stored, trial, config)
     else:
         recipe = config.default_recipe()

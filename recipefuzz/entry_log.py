@@ -65,15 +65,11 @@ def replayed(name: str) -> Iterator[None]:
     except RecipefuzzError:
         raise
     except Exception as error:
-        raise not_replayed(name, f"{type(error).__name__}: {error}") from error
-
-
-def not_replayed(name: str, why: str) -> InputError:
-    return InputError(
-        f"the run's journal can't be replayed ({why})",
-        place=Place(name),
-        fix="restore the file from a copy, or start again with --fresh (the old folder is kept)",
-    )
+        raise InputError(
+            f"the run's journal can't be replayed ({type(error).__name__}: {error})",
+            place=Place(name),
+            fix="restore the file from a copy, or start again with --fresh (the old folder is kept)",
+        ) from error
 
 
 def was_put_aside(name: str, where: str) -> RunFailedError:
@@ -87,13 +83,13 @@ def was_put_aside(name: str, where: str) -> RunFailedError:
 class EntryLog(ABC):
     """Entries on disk, those that wait to be written, and the signs of life of those who write.
 
-    Attributes:
+    Args:
         name: where it is, for messages.
+        write: to write it, too.
     """
 
-    name: str
-
-    def __init__(self) -> None:
+    def __init__(self, name: str, *, write: bool) -> None:
+        self.name, self._write = name, write
         self._pending: list[str] = []
         self._count, self._position = 0, 0  # entries that are stored, and where they end
         self._optunas = Cursor()
@@ -129,7 +125,7 @@ class EntryLog(ABC):
         Raises:
             RunFailedError: the disk is full or gone. Nothing of the batch is left.
         """
-        if self._pending and self._writes:
+        if self._pending and self._write:
             *rest, last = self._pending
             data = "\n".join([*rest, f'{last[:-1]},"{END}":true}}', ""])
             self._position = self._store(data, sync=sync)
@@ -152,11 +148,6 @@ class EntryLog(ABC):
             except BaseException:
                 self._pending.clear()
                 raise
-
-    @property
-    @abstractmethod
-    def _writes(self) -> bool:
-        """Whether this is a writer's."""
 
     @abstractmethod
     def _load(self, position: int) -> list[Entry]:

@@ -26,7 +26,7 @@ SYNC_SECONDS = 1.0  # of results that a power cut may take; a sync takes millise
 LOCK_SECONDS = 0.5  # `status` holds the lock for an instant to see whether it is free
 SHARED_LOCK_SECONDS = 600.0  # a turn takes milliseconds, but its holder may have been suspended in it
 MARK = f',"{END}":true}}\n'.encode()  # with which a batch ends: within one, no key of a nested object ends a line
-BEATS = "workers"  # the folder of the workers' signs of life, beside the journal
+WORKERS = "workers"  # the folder of the workers' signs of life, beside the journal
 
 
 class Journal(EntryLog):
@@ -44,9 +44,8 @@ class Journal(EntryLog):
     """
 
     def __init__(self, path: Path, *, write: bool, shared: bool = False, lock: Lock = Lock.KERNEL) -> None:
-        super().__init__()
-        self.name = str(path)
-        self._path, self._write, self._shared, self._lock = path, write, shared, lock
+        super().__init__(str(path), write=write)
+        self._path, self._shared, self._lock = path, shared, lock
         self._synced, self._unsynced = -math.inf, False
         self._tail = 0, b""  # read and not parsed yet, and where it begins
         self._torn = False  # whether there is more, of a batch that is not whole
@@ -78,10 +77,6 @@ class Journal(EntryLog):
             except OSError as error:
                 raise _cannot("lock", self._path, error) from error
             yield
-
-    @property
-    def _writes(self) -> bool:
-        return self._write
 
     @contextmanager
     def _alone(self) -> Iterator[None]:
@@ -214,7 +209,7 @@ class Journal(EntryLog):
 
         Readers may find it half written: then it is another one than before, which is all that they want to know.
         """
-        path = self._path.parent / BEATS / f"{worker}.json"
+        path = self._path.parent / WORKERS / f"{worker}.json"
         try:
             if about is None:
                 path.unlink(missing_ok=True)
@@ -230,7 +225,7 @@ class Journal(EntryLog):
             raise _cannot("write", path, error) from error
 
     def beats(self, workers: Iterable[str] | None = None) -> dict[str, Beat]:
-        folder, found = self._path.parent / BEATS, {}
+        folder, found = self._path.parent / WORKERS, {}
         for path in folder.glob("*.json") if workers is None else [folder / f"{worker}.json" for worker in workers]:
             with contextlib.suppress(OSError):  # it left meanwhile
                 found[path.stem] = _beat(path.read_bytes(), max(0.0, time.time() - path.stat().st_mtime))

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from statistics import median
 
+from recipefuzz.config import Config
 from recipefuzz.recipe import Recipe
 from recipefuzz.result import Phase, TrialResult
 from recipefuzz.verdict import Label
@@ -67,6 +68,13 @@ def candidates(results: Iterable[TrialResult], top: int) -> list[TrialResult]:
             break
         found.setdefault(result.recipe, result)
     return list(found.values())
+
+
+def confirming_runs(results: Iterable[TrialResult], config: Config) -> list[tuple[TrialResult, int]]:
+    """The confirming runs that there are to be: the best candidates, each with seeds that the search did not see."""
+    confirm, first = config.search.confirm, config.trial.seed + 1
+    seeds = range(first, first + confirm.seeds)
+    return [(candidate, seed) for candidate in candidates(results, confirm.top) for seed in seeds]
 
 
 def rank(results: Sequence[TrialResult], rank_by: str = "skill", *, wanted: int = 1) -> list[Ranked]:

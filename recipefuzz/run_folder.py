@@ -18,13 +18,12 @@ from recipefuzz.database import DatabaseLog
 from recipefuzz.diagnosis import Diagnosis
 from recipefuzz.entry_log import Beat, EntryLog
 from recipefuzz.errors import InputError, Place, RunFailedError
-from recipefuzz.journal import BEATS, Journal, at_work
+from recipefuzz.journal import WORKERS, Journal, at_work
 from recipefuzz.locks import Lock, is_held, require_reach
 from recipefuzz.peak import Peak
 from recipefuzz.result import TrialResult, check_values
 from recipefuzz.sharing import SharedStudy
 from recipefuzz.source import write_yaml
-from recipefuzz.space import Space
 from recipefuzz.store import Store
 
 RUNS = Path("runs")
@@ -72,16 +71,16 @@ class RunFolder:
             fix=f"runs here: {', '.join(known)}" if known else "recipefuzz search CONFIG makes one",
         )
 
-    def read(self, space: Space) -> tuple[list[TrialResult], float, Peak]:
+    def read(self, config: Config) -> tuple[list[TrialResult], float, Peak]:
         """All finished trials, the time and the memory that they took, read while another process may be writing.
 
         Raises:
-            InputError: the journal is damaged, or its trials are not of that space.
+            InputError: the journal is damaged, or its trials are not of the config's space.
         """
-        store = Store(self.log(self.load_config(), write=False), write=False)
+        store = Store(self.log(config, write=False), write=False)
         try:
             results, seconds, peak = store.results(), store.seconds(), store.peak()
-            check_values(results, space)
+            check_values(results, config.axes)
         except ValueError as error:
             fix = "put the config back as it was, or start again with --fresh"
             raise InputError(
@@ -119,7 +118,7 @@ class RunFolder:
 
     def is_shared(self, config: Config) -> bool:
         """Whether the run is, or is to be, one of many workers."""
-        return config.run.storage is not None or (self.path / BEATS).is_dir()
+        return config.run.storage is not None or (self.path / WORKERS).is_dir()
 
     def is_held(self) -> bool:
         """Whether a process has the run for itself, and is at work in it."""
@@ -151,11 +150,7 @@ class RunFolder:
             InputError: another config or other code made the run; one process has it for itself.
             RunFailedError: the folder can't be written, the database can't be reached.
         """
-        self._refuse_other_folders(config)
-        if fresh:
-            self._put_aside(config)
-        self._refuse_other_storage(config)
-        self._make(self.path)
+        self._prepare(config, fresh=fresh)
         if config.database is None and Lock(config.run.lock) is Lock.KERNEL:
             require_reach(self.path)
         log = self.log(config, write=True)
@@ -165,7 +160,7 @@ class RunFolder:
             if not joins:
                 self._write_config(config)
             if config.database is None:
-                self._make(self.path / BEATS)  # by which a search knows that it does not have the run for itself
+                self._make(self.path / WORKERS)  # by which a search knows that it does not have the run for itself
         except BaseException:
             log.close()
             raise
@@ -185,11 +180,7 @@ class RunFolder:
             InputError: another config or other code made the run; another process is at work in it.
             RunFailedError: the folder can't be written.
         """
-        self._refuse_other_folders(config)
-        if fresh:
-            self._put_aside(config)
-        self._refuse_other_storage(config)
-        self._make(self.path)
+        self._prepare(config, fresh=fresh)
         store = Store(self.journal, write=True)
         try:
             if old := store.meta():
@@ -199,6 +190,14 @@ class RunFolder:
             store.close()
             raise
         return store
+
+    def _prepare(self, config: Config, *, fresh: bool) -> None:
+        """Refuse what is somebody else's, put an old run aside if it is to be, and make the folder."""
+        self._refuse_other_folders(config)
+        if fresh:
+            self._put_aside(config)
+        self._refuse_other_storage(config)
+        self._make(self.path)
 
     def _write_config(self, config: Config) -> None:
         """Unless it is there: of many workers, none replaces what the others are about to read."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import warnings
 from bisect import insort
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -31,7 +32,7 @@ from optuna.samplers._tpe.sampler import default_gamma
 
 from recipefuzz.cma_sampler import PlainCmaEs
 from recipefuzz.config import SearchConfig
-from recipefuzz.errors import InputError, Place
+from recipefuzz.errors import InputError, Place, shorten
 from recipefuzz.recipe import Scalar
 from recipefuzz.result import TrialResult
 from recipefuzz.space import Axis, Choice, Range, Space
@@ -311,6 +312,13 @@ def at_random(
     return {name: _only(axis) if axis.single() else _uniform(axis, rng) for name, axis in axes.items()}
 
 
+def block_at_random(
+    axes: Mapping[str, BaseDistribution], rng: np.random.RandomState, search: SearchConfig, numbers: Iterable[int]
+) -> list[dict[str, Scalar]]:
+    """Recipes of trials with these numbers, by the random sampler: each depends on its number alone."""
+    return [at_random(axes, rng, mixed_seed(search.seed, number)) for number in numbers]
+
+
 def _uniform(axis: BaseDistribution, rng: np.random.RandomState) -> Scalar:
     trans = _SearchSpaceTransform({"x": axis})
     value: Scalar = trans.untransform(rng.uniform(trans.bounds[:, 0], trans.bounds[:, 1]))["x"]
@@ -339,6 +347,21 @@ def sampler(search: SearchConfig, space: Space, number: int) -> BaseSampler:
         )
     grid = {name: list(axis.grid(search.grid_points)) for name, axis in space.axes}
     return optuna.samplers.GridSampler(grid, seed=search.seed)  # it shuffles the grid: one order for all trials
+
+
+def ask(study: optuna.Study, search: SearchConfig, space: Space, number: int) -> optuna.Trial:
+    """A trial of a sampler that looks into Optuna's storage, and leaves there what it has to remember.
+
+    Raises:
+        ValueError: by what somebody else had left there, it has drawn what is not in the space.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # experimental samplers, and samplers that take choices one by one
+        study.sampler = sampler(search, space, number)
+        trial = study.ask(fixed_distributions={name: distribution(axis) for name, axis in space.axes})
+    if trial.number != number or not space.contains(trial.params):
+        raise ValueError(f"the sampler has drawn {shorten(trial.params)} for trial {number}")
+    return trial
 
 
 def mixed_seed(seed: int, what: int | str) -> int:

@@ -24,7 +24,7 @@ from recipefuzz.errors import InputError, RunFailedError
 from recipefuzz.finding import Level
 from recipefuzz.listening import Listener, Silent
 from recipefuzz.peak import Peak, megabytes
-from recipefuzz.ranking import candidates
+from recipefuzz.ranking import confirming_runs
 from recipefuzz.result import Phase
 from recipefuzz.run_folder import RunFolder, fingerprints, identity
 from recipefuzz.sampling import total
@@ -176,12 +176,7 @@ def _record(
 
 def _confirm(config: Config, study: StudySearch, engine: Engine, listener: Listener) -> None:
     """Run the best candidates for the whole short budget on seeds that the search did not see."""
-    first = config.trial.seed + 1
-    jobs = [
-        Job(candidate.trial, candidate.recipe, seed, whole=True)
-        for candidate in candidates(study.results, config.search.confirm.top)
-        for seed in range(first, first + config.search.confirm.seeds)
-    ]
+    jobs = [Job(r.trial, r.recipe, seed, whole=True) for r, seed in confirming_runs(study.results, config)]
     done = study.confirmed()
     listener.begin(Phase.CONFIRM, (r for r in study.results if r.phase is Phase.CONFIRM), len(jobs))
     for job in jobs:

@@ -15,7 +15,6 @@ it, so that it alone is to blame for what happens then.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar, cast
@@ -29,12 +28,11 @@ from recipefuzz.board import CONFIRMS, HOLDER, Board, Item
 from recipefuzz.config import Config
 from recipefuzz.entry_log import Cursor, EntryLog, TurnLostError, replayed
 from recipefuzz.peak import Peak
-from recipefuzz.ranking import candidates
+from recipefuzz.ranking import confirming_runs
 from recipefuzz.recipe import Scalar
-from recipefuzz.records import read_record
 from recipefuzz.result import Phase, TrialResult, check_values
-from recipefuzz.sampling import BlockTPE, Seen, at_random, distribution, mixed_seed, sampler, total
-from recipefuzz.trial_log import ELAPSED, META, PEAK, RESULT, TrialLog
+from recipefuzz.sampling import BlockTPE, Seen, ask, block_at_random, distribution, mixed_seed, total
+from recipefuzz.trial_log import ELAPSED, META, PEAK, RESULT, TrialLog, peak_of
 
 ALONE = 2  # workers that a trial has lost when it is run with nothing beside it; the last of its retries at the latest
 SHARE = 2  # who asks gets one part in so many of an equal share of what is left: at the end nobody waits for long
@@ -137,7 +135,7 @@ class SharedStudy:
     def peak(self) -> Peak:
         """Memory that the run took, over all its workers."""
         with replayed(self._log.name):
-            return read_record(Peak, self._board.attributes.get(PEAK, {}))
+            return peak_of(self._board.attributes)
 
     @property
     def holders(self) -> set[str]:
@@ -298,7 +296,10 @@ class SharedStudy:
         first = len(self._board.search)
         numbers, name = range(first, first + size), self._config.search.sampler
         if name in ("tpe", "random"):
-            recipes = self._at_random(numbers) if name == "random" else drafts or self._from_tpe(size)
+            if name == "random":
+                recipes = block_at_random(self._axes, self._random, self._config.search, numbers)
+            else:
+                recipes = drafts or self._from_tpe(size)
             for recipe in recipes[:size]:
                 self._entries.asked(recipe, {HOLDER: [self.worker, 0]})
             self._read()
@@ -314,19 +315,12 @@ class SharedStudy:
             return []
         return self._tpe.block(self._seen, size, mixed_seed(self._own_seed, len(self._board.search)))
 
-    def _at_random(self, numbers: Iterable[int]) -> list[dict[str, Scalar]]:
-        seeds = (mixed_seed(self._config.search.seed, number) for number in numbers)
-        return [at_random(self._axes, self._random, seed) for seed in seeds]
-
     def _ask_storage(self, number: int) -> None:
-        """By a sampler that looks into Optuna's storage, and leaves there what it has to remember."""
         if self._study is None:
             storage = optuna.storages.JournalStorage(cast("BaseJournalBackend", self._log))
             self._study = optuna.load_study(storage=storage, study_name=Phase.SEARCH)
-        with replayed(self._log.name), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # experimental samplers, and samplers that take choices one by one
-            self._study.sampler = sampler(self._config.search, self._config.axes, number)
-            self._study.ask(fixed_distributions=self._axes)
+        with replayed(self._log.name):
+            ask(self._study, self._config.search, self._config.axes, number)
 
     def _confirm(self, jobs: list[tuple[int, int]]) -> list[Item]:
         for trial, seed in jobs:
@@ -336,11 +330,9 @@ class SharedStudy:
         return [self._board.confirm[job] for job in jobs]
 
     def wanted(self) -> list[tuple[int, int]]:
-        """The confirming runs that there are to be: the best candidates, on seeds that the search did not see."""
+        """(trial, seed) of the confirming runs that there are to be."""
         if self._best[0] != self._board.searched:  # else nothing has come that could change it
-            confirm, first = self._config.search.confirm, self._config.trial.seed + 1
-            best = candidates(self.results, confirm.top)
-            jobs = [(result.trial, seed) for result in best for seed in range(first, first + confirm.seeds)]
+            jobs = [(result.trial, seed) for result, seed in confirming_runs(self.results, self._config)]
             self._best = self._board.searched, jobs
         return self._best[1]
 

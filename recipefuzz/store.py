@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import logging
 import math
-import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,16 +28,15 @@ from optuna.storages.journal import BaseJournalBackend
 from optuna.trial import FrozenTrial, TrialState
 
 from recipefuzz.config import SearchConfig
-from recipefuzz.entry_log import EntryLog, not_replayed, replayed
-from recipefuzz.errors import shorten
+from recipefuzz.entry_log import EntryLog, replayed
 from recipefuzz.journal import Journal
 from recipefuzz.peak import Peak
 from recipefuzz.recipe import Scalar
-from recipefuzz.records import read_plain, read_record
+from recipefuzz.records import read_plain
 from recipefuzz.result import Phase, TrialResult, check_values
-from recipefuzz.sampling import BlockTPE, Seen, at_random, distribution, mixed_seed, sampler, total
+from recipefuzz.sampling import BlockTPE, Seen, ask, block_at_random, distribution, mixed_seed, total
 from recipefuzz.space import Space
-from recipefuzz.trial_log import ELAPSED, META, PEAK, RESULT, TrialLog
+from recipefuzz.trial_log import ELAPSED, META, PEAK, RESULT, TrialLog, peak_of
 
 WINDOW = "window"
 FINISHED = (TrialState.COMPLETE, TrialState.FAIL)
@@ -124,7 +122,7 @@ class Store:
         """Memory that the run took, over all its restarts."""
         study = self._studies.get(Phase.SEARCH)
         with replayed(self._journal.name):
-            return _peak(study.user_attrs) if study else Peak()
+            return peak_of(study.user_attrs) if study else Peak()
 
     def close(self) -> None:
         self._journal.close()
@@ -156,7 +154,7 @@ class StudySearch:
         if lost := [t.number for t in trials if t.state.is_finished() and t.number not in self._recorded]:
             raise ValueError(f"trial {lost[0]} is finished, and has no result")
         self._seconds = _elapsed(trials)
-        self._peak = _peak(study.user_attrs)
+        self._peak = peak_of(study.user_attrs)
         self._unfinished = [
             Asked(t.number, {name: t.params[name] for name in space.names})
             for t in trials[self._told :]
@@ -198,27 +196,18 @@ class StudySearch:
         if self._search.sampler == "tpe":
             recipes = self._tpe.block(self._seen, size, mixed_seed(self._search.seed, first))
         else:
-            seeds = (mixed_seed(self._search.seed, number) for number in range(first, first + size))
-            recipes = [at_random(self._distributions, self._random, seed) for seed in seeds]
+            recipes = block_at_random(self._distributions, self._random, self._search, range(first, first + size))
         self._seen.ask(recipes)
         self._ids += [self._log.asked(recipe) for recipe in recipes]
         return [Asked(number, recipe) for number, recipe in enumerate(recipes, first)]
 
     def _ask_storage(self, number: int) -> Asked:
-        """A trial of a sampler that looks into Optuna's storage, and leaves there what it has to remember."""
-        with replayed(self._journal.name), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # experimental samplers, and samplers that take choices one by one
-            self._study.sampler = sampler(self._search, self._space, number)
-            trial = self._study.ask()
-            for name, axis in self._distributions.items():
-                trial._suggest(name, axis)  # noqa: SLF001 - what ask(fixed_distributions) does
+        with replayed(self._journal.name):
+            trial = ask(self._study, self._search, self._space, number)
         self._ids.append(trial._trial_id)  # noqa: SLF001
         self._log.trials += 1
         self._seen.ask([trial.params])
-        asked = {name: trial.params[name] for name in self._space.names}
-        if trial.number != number or not self._space.contains(asked):
-            raise not_replayed(self._journal.name, f"the sampler has drawn {shorten(asked)} for trial {number}")
-        return Asked(number, asked)
+        return Asked(number, {name: trial.params[name] for name in self._space.names})
 
     @property
     def seconds(self) -> float:
@@ -282,10 +271,6 @@ def _result(trial: FrozenTrial, phase: Phase) -> TrialResult | None:
     if found.phase is not phase or (phase is Phase.SEARCH and found.trial != trial.number):
         raise ValueError(f"trial {trial.number} has the result of another one")
     return found
-
-
-def _peak(attributes: Mapping[str, Any]) -> Peak:
-    return read_record(Peak, attributes.get(PEAK, {}))
 
 
 def _elapsed(trials: Iterable[FrozenTrial]) -> float:

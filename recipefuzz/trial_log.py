@@ -11,7 +11,9 @@ from optuna.storages.journal._storage import JournalOperation
 from optuna.trial import TrialState
 
 from recipefuzz.entry_log import ENCODER, EntryLog
+from recipefuzz.peak import Peak
 from recipefuzz.recipe import Scalar
+from recipefuzz.records import read_record
 from recipefuzz.result import TrialResult
 from recipefuzz.sampling import objective
 
@@ -84,6 +86,15 @@ class TrialLog:
 
     def _add(self, operation: JournalOperation, **fields: Any) -> None:
         self._journal.append_logs([{"op_code": int(operation), "worker_id": WRITER, **fields}])
+
+
+def peak_of(attributes: Mapping[str, Any]) -> Peak:
+    """Memory that a run took, from the attributes of its study.
+
+    Raises:
+        ValueError: what is kept there is not what we wrote.
+    """
+    return read_record(Peak, attributes.get(PEAK, {}))
 
 
 def _brief(axis: BaseDistribution) -> str:

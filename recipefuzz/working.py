@@ -28,9 +28,7 @@ from recipefuzz.targets.resolve import resolve, user_files
 from recipefuzz.targets.task import Task
 
 TURN_SECONDS = 1.0  # between turns, at least, as long as there is something to train: fast trials share one
-TURN_SHARE = (
-    20  # and so many times what a turn takes: where the log is slow or busy, 5 % of the time goes to it at most
-)
+TURN_SHARE = 20  # and so many times what a turn takes: of a slow or busy log's workers, 5 % of the time goes to it
 MOST = 4096  # trials that a worker holds
 WATCHED = 8  # workers that each worker watches at first: all of a thousand, and they read a million signs of life
 IDLE_SECONDS = (0.1, 5.0)  # between looks at the log, when the last trials are being run by others: first, and at most
@@ -87,7 +85,7 @@ def finish(config: Config, folder: RunFolder, listener: Listener) -> SearchResul
 
     What was explained is kept, so a job whose time is up in the midst of it goes on from there.
     """
-    results, _, peak = folder.read(config.axes)
+    results, _, peak = folder.read(config)
     found = report(folder, config, results, peak)
     if not folder.is_of(config, fingerprints(user_files(config))):
         listener.say("the config or the code has changed since the run was made: its failures are not explained")

@@ -631,7 +631,7 @@ def folders(folder: Path) -> tuple[Any, Callable[[Any], None]]:
         run = RunFolder(folder)
         study = run.load_config()
         assert list(status_lines(run))
-        results, _, peak = run.read(study.axes)
+        results, _, peak = run.read(study)
         ranking, winner = rank_run(study, results)
         known = run.diagnoses()
         run.keep(known)

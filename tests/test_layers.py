@@ -20,19 +20,19 @@ PACKAGE = ROOT / "recipefuzz"
 # order, only no cycle.
 LAYERS = (
     ("errors", "garbage"),
-    ("recipe", "space", "trace", "atomic", "records", "peak", "stopping"),
+    ("recipe", "space", "trace", "atomic", "ownership", "records", "peak", "stopping"),
     (
         "evidence",
         "verdict",
         "result",
         "finding",
         "diagnosis",
-        "ranking",
         "source",
         "axes",
         "section",
         "job_config",
         "config",
+        "ranking",
         "narrowing",
     ),
     ("targets/",),

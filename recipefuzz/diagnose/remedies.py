@@ -55,9 +55,7 @@ def for_failure(recipe: Recipe, applies: Applies, steps: int) -> list[Remedy]:
     """What calms a training down: for NaN, and for one that oscillates or has blown up."""
     found = [Remedy({"lr": recipe.lr / factor}, size) for size, factor in enumerate(DOWN, start=1)]
     found += _clips(recipe)
-    found += [
-        Remedy({"init_scale": recipe.init_scale / factor}, i) for i, factor in enumerate(DOWN[:1] + DOWN[1::2], 1)
-    ]
+    found += [Remedy({"init_scale": recipe.init_scale / factor}, i) for i, factor in enumerate(SCALES, 1)]
     return found + _structural(recipe, applies, steps)
 
 

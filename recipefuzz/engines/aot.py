@@ -29,6 +29,7 @@ from recipefuzz.atomic import write_atomically
 from recipefuzz.engines.capture import Op, Recording, compiled_source
 from recipefuzz.engines.processes import SAFE_PATH, leave_with_parent
 from recipefuzz.errors import RAISED, RunFailedError
+from recipefuzz.ownership import is_ours_alone
 from recipefuzz.records import read_record
 
 try:
@@ -101,8 +102,7 @@ def _is_private(folder: Path) -> bool:
     """The folder above it counts too: who may write there can put another in its place."""
     if fcntl is None:
         return True
-    found = [folder.stat(), folder.parent.stat()]
-    return all(stat.st_uid == os.getuid() and not stat.st_mode & 0o022 for stat in found)
+    return all(is_ours_alone(made.stat()) for made in (folder, folder.parent))
 
 
 def ordered(recording: Recording, inputs: Sequence[Tensor], folder: Path) -> Order:

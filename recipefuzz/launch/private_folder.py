@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 
 from recipefuzz.errors import Place, RecipefuzzError, RunFailedError
+from recipefuzz.ownership import is_ours_alone
 
 JOBS = "jobs"  # in the run's folder
 
@@ -42,8 +43,7 @@ def require_private(path: Path) -> None:
     except OSError as error:
         problem = f"can't look at the folder of the jobs: {error.strerror}"
         raise RunFailedError(problem, place=Place(str(path))) from error
-    mode = stat.S_IMODE(found.st_mode)
-    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or mode & 0o022:
+    if not stat.S_ISDIR(found.st_mode) or not is_ours_alone(found):
         raise RunFailedError(
             "others could write what jobs in this folder run",
             place=Place(str(path)),

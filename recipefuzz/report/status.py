@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from recipefuzz.config import Config
 from recipefuzz.errors import shorten
-from recipefuzz.ranking import candidates
+from recipefuzz.ranking import confirming_runs
 from recipefuzz.recipe import shown
 from recipefuzz.report.picture import COLORS, outcome
 from recipefuzz.report.ranked import rank_run
@@ -26,7 +26,7 @@ def status_lines(folder: RunFolder, *, queued: bool = False, again: str = "searc
         again: the command that goes on with it otherwise.
     """
     config = folder.load_config()
-    results, elapsed, peak = folder.read(config.axes)
+    results, elapsed, peak = folder.read(config)
     searched = [r for r in results if r.phase is Phase.SEARCH]
     confirming = [r for r in results if r.phase is Phase.CONFIRM]
     yield f"{config.study}: {_state(folder, config, searched, confirming, queued, again)}"
@@ -74,7 +74,7 @@ def _state(
 
 
 def _wanted(config: Config, searched: list[TrialResult]) -> int:
-    return len(candidates(searched, config.search.confirm.top)) * config.search.confirm.seeds
+    return len(confirming_runs(searched, config))
 
 
 def _counts(results: list[TrialResult]) -> str:
