@@ -69,6 +69,17 @@ def moved(model):
 
 """
 
+# a study of short trials, of which some fail, to be killed and gone on with
+MEDICAL = """
+target: {data: breast_cancer, model: mlp, model_args: {width: 32, depth: 3}}
+space:
+  lr: {low: 1e-5, high: 10, log: true}
+  init_scale: {low: 0.1, high: 10, log: true}
+  norm: [none, batch, layer]
+recipe: {input_norm: standardize, optimizer: momentum}
+trial: {steps: 150}
+"""
+
 WriteStudy = Callable[..., "Config"]
 
 
@@ -87,6 +98,14 @@ def cache_of_the_tests(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Non
     """Keep out of the user's cache: what lies in it decides how fast steps are, and by which code."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture(scope="module")
+def no_fsync() -> Iterator[None]:
+    """Where nobody pulls the plug, and on a busy disk a sync takes longer than all the rest."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda _: None)
         yield
 
 

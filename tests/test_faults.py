@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from conftest import MEDICAL
 from postgres import Server
 from shared_runs import Process, SharedRun, key, kill_group, shared_run, until
 
@@ -27,17 +28,7 @@ from recipefuzz.sharing import SharedStudy
 
 pytestmark = pytest.mark.slow
 
-FUSED = """
-study: faulty
-target: {data: breast_cancer, model: mlp, model_args: {width: 32, depth: 3}}
-space:
-  lr: {low: 1e-5, high: 10, log: true}
-  init_scale: {low: 0.1, high: 10, log: true}
-  norm: [none, batch, layer]
-recipe: {input_norm: standardize, optimizer: momentum}
-trial: {steps: 150}
-search: {trials: 120, confirm: {top: 3, seeds: 2}}
-"""
+FUSED = f"study: faulty\n{MEDICAL}search: {{trials: 120, confirm: {{top: 3, seeds: 2}}}}\n"
 SLOWED = """
 study: faulty
 target: {data: breast_cancer, model: "slowed:build", loss: "slowed:loss"}

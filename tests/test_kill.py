@@ -13,18 +13,12 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+from conftest import MEDICAL
 
 KILLS = 20
-STUDY = """
-target: {data: breast_cancer, model: mlp, model_args: {width: 32, depth: 3}}
-space:
-  lr: {low: 1e-5, high: 10, log: true}
-  init_scale: {low: 0.1, high: 10, log: true}
-  norm: [none, batch, layer]
-recipe: {input_norm: standardize, optimizer: momentum}
-trial: {steps: 150}
-search: {trials: 160, confirm: {top: 5, seeds: 3}}
-run: {workers: 1, engine: sequential}
+STUDY = f"""{MEDICAL}
+search: {{trials: 160, confirm: {{top: 5, seeds: 3}}}}
+run: {{workers: 1, engine: sequential}}
 """
 # on one engine: which one a run takes, and with how many lanes, is measured at each start, and each rounds otherwise
 

@@ -29,7 +29,7 @@ from recipefuzz.errors import InputError, RunFailedError
 from recipefuzz.journal import Journal
 from recipefuzz.leases import Watch
 from recipefuzz.locks import Lock, _mount_options, is_held
-from recipefuzz.ranking import candidates
+from recipefuzz.ranking import confirming_runs
 from recipefuzz.report.status import status_lines
 from recipefuzz.result import Phase, TrialResult
 from recipefuzz.run_folder import RunFolder
@@ -41,13 +41,7 @@ from recipefuzz.store import Store
 META = {"study": "test"}
 
 
-@pytest.fixture(autouse=True, scope="module")
-def no_fsync() -> Iterator[None]:
-    """Nobody pulls the plug here, and on a busy disk a sync takes longer than all the rest."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(os, "fsync", lambda _: None)
-        yield
-
+pytestmark = pytest.mark.usefixtures("no_fsync")
 
 OPEN: list[Journal] = []
 
@@ -508,7 +502,7 @@ def test_what_others_wrote_is_parsed_once_and_what_one_wrote_oneself_never(tmp_p
 
 def test_candidates_are_looked_for_once(tmp_path, monkeypatch):
     path, config, looked = tmp_path / "study.journal", study_config(10, top=2, seeds=4), []
-    monkeypatch.setattr(sharing, "candidates", lambda *args: looked.append(args) or candidates(*args))
+    monkeypatch.setattr(sharing, "confirming_runs", lambda *args: looked.append(args) or confirming_runs(*args))
     worker = finish_all(path, config)
     assert len(worker.study.results) == 18
     assert len(looked) == 1

@@ -62,12 +62,7 @@ SPACE = Space(
 META = {"study": "test"}
 
 
-@pytest.fixture(autouse=True, scope="module")
-def no_fsync() -> Iterator[None]:
-    """Nobody pulls the plug here, and on a busy disk a sync takes longer than all the rest."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(os, "fsync", lambda _: None)
-        yield
+pytestmark = pytest.mark.usefixtures("no_fsync")
 
 
 def outcome(asked: Asked) -> TrialResult:
