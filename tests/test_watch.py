@@ -519,6 +519,26 @@ def test_the_replay_leaves_no_trace(tmp_path):
     assert torch.equal(watched["before"][2].nan_to_num(), plain["before"][2].nan_to_num())
 
 
+@pytest.mark.parametrize(("first", "kept"), [(12, True), (20, False)])
+def test_random_numbers_that_only_later_steps_draw(tmp_path, first, kept):
+    """Each sixteenth step is asked; one that draws before that says that its numbers were not kept."""
+    found, _ = diagnosed(
+        tmp_path,
+        f"""
+        with recipefuzz.watch(model, optimizer, stop=False) as w:
+            for i, (x, y) in enumerate(loader * 4):
+                optimizer.zero_grad()
+                output = model(x)
+                noise = torch.randn(16, 1) if i >= {first} else 0.0
+                loss = ((output + noise) / abs(i - 21)).mean()
+                loss.backward()
+                optimizer.step()
+        """,
+    )
+    assert (found.cause, found.op, found.step) == ("division_by_zero", "div", 22)
+    assert ("and the replay drew others" in found.explanation) != kept
+
+
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("inside", [False, True])
 def test_compiled_models(tmp_path, inside):
@@ -606,14 +626,54 @@ def test_nothing_is_left_behind():
     assert w.steps == 1
     assert torch.autograd.backward is backward
     assert vars(model).keys() == before.keys()
-    assert not model._forward_pre_hooks
-    assert not model._forward_pre_hooks_with_kwargs
     assert not optimizer._optimizer_step_pre_hooks
     assert not optimizer._optimizer_step_post_hooks
     gone = weakref.ref(w)
     del w
     gc.collect()
     assert gone() is None
+
+
+class CopiesAll(nn.Linear):
+    """A module that copies itself and is pickled in a way of its own."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self).copy()
+
+
+@pytest.mark.parametrize("make", [Network, lambda: CopiesAll(4, 1)])
+def test_copies_and_checkpoints_of_a_watched_model(tmp_path, make):
+    """As loops keep the best model, or a moving average: they are the model as it is without the watch."""
+    model = make()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    batch = torch.randn(8, 5, 4)
+    with recipefuzz.watch(model, optimizer) as w:
+        twin = copy.deepcopy(model)
+        torch.save(model, tmp_path / "model.pt")
+        model(batch).mean().backward()
+        optimizer.step()
+        with torch.no_grad():
+            for p in twin.parameters():
+                p.zero_()
+        zero = twin.eval()(batch)
+        assert not w._moment.over or len(w._moment.forwards) == 1, "a copy was taken for the model"
+    loaded = torch.load(tmp_path / "model.pt", weights_only=False)
+    assert torch.equal(zero, torch.zeros_like(zero)), "the copy called the model"
+    for other in (twin, loaded):
+        assert vars(other).get("_compiled_call_impl") is None
+        assert other(batch).shape == zero.shape
+
+
+def test_a_model_that_compiled_itself_is_called_as_it_was():
+    model = nn.Linear(3, 1)
+    model.compile(backend="eager")
+    compiled = model._compiled_call_impl
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with recipefuzz.watch(model, optimizer) as outer, recipefuzz.watch(model, optimizer) as inner:
+        model(torch.ones(2, 3)).mean().backward()
+        optimizer.step()
+    assert (len(outer._moment.parameters), outer.steps, inner.steps) == (2, 1, 1)
+    assert model._compiled_call_impl is compiled
 
 
 def test_nothing_is_left_behind_by_a_failure():
@@ -630,7 +690,7 @@ def test_nothing_is_left_behind_by_a_failure():
     with pytest.raises(recipefuzz.NonFiniteError, match="division_by_zero"):
         train()
     assert torch.autograd.backward is backward
-    assert not model._forward_pre_hooks
+    assert "_compiled_call_impl" not in vars(model)
     assert not optimizer._optimizer_step_pre_hooks
     assert torch.equal(model.weight, weight), "the step with bad gradients was made"
 

@@ -1,29 +1,31 @@
 """What a step of the user's own loop began with, kept at a few microseconds a step, so that it can be replayed.
 
 Parameters need no copy: they change at the optimizer's step, and a step is looked at before that. Inputs are kept by
-reference, random numbers by their generators' states; of the large buffers only those that were written are copied,
-and none of batch norm's, which it doesn't read while it trains.
+reference, random numbers by their generators' states, once a step was seen to draw some; of the large buffers only
+those that were written are copied, and none of batch norm's, which it doesn't read while it trains.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import FrameType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from recipefuzz.diagnose.rerun import Calls
+from recipefuzz.diagnose.rerun import Calls, calls
 from recipefuzz.diagnose.tensors import is_finite
 
 SMALL = 4096  # elements of a buffer that is copied at every step: kernels, and writes to `data`, are unannounced
 MOST = 32  # forward passes of one step whose inputs are kept
+DRAWS_AT = 16  # of so many steps one is asked whether it draws random numbers, until one does
 
 
 class Forward(NamedTuple):
-    """One call of the model: what it was given, the random state at its start, and who called it."""
+    """One call of the model: what it was given, the random state at its start if that was kept, and who called it."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
@@ -34,38 +36,56 @@ class Forward(NamedTuple):
 class Moment:
     """The forward passes since the last backward pass.
 
+    Args:
+        outermost: the function whose callers are of no interest.
+
     Attributes:
-        forwards: the first of them; in a replay those after them take what they are given then.
         backwards: backward passes since the first of them.
+        over: whether there was one, so that the next forward pass begins another step.
         parameters: of the model and of the optimizers.
+        asks: whether this step is asked if it draws random numbers.
+        drew_anew: a replay drew random numbers that are not those of the step: their state had not been kept.
     """
 
-    def __init__(self, model: nn.Module, parameters: list[Tensor]) -> None:
-        self.forwards: list[Forward] = []
+    def __init__(self, model: nn.Module, parameters: list[Tensor], outermost: FrameType | None) -> None:
         self.backwards = 0
+        self.over = True
         self.parameters = parameters
+        self.asks = self.drew_anew = False
+        self._forwards: list[tuple[Any, ...]] = []
+        self._outermost = outermost
         self._device = parameters[0].device if parameters else torch.device("cpu")
         self._on_cuda = self._device.type == "cuda"
         self._model = model
         self._buffers = _Buffers(model)
-        self._state = torch.default_generator.get_state
-        self._over = True
+        self._steps = 0
+        self._draws = False
 
-    def enter(self, args: tuple[Any, ...], kwargs: dict[str, Any], calls: Calls) -> None:
-        """A forward pass begins; the first after a backward pass begins another step."""
-        if self._over:
-            self._over, self.backwards = False, 0
-            self.forwards = []
+    @property
+    def forwards(self) -> list[Forward]:
+        """The first of them; in a replay those after them take what they are given then."""
+        return [Forward(*kept) for kept in self._forwards]
+
+    def enter(self, args: tuple[Any, ...], kwargs: dict[str, Any], frame: FrameType) -> None:
+        """A forward pass begins, called from a frame; the first after a backward pass begins another step."""
+        if self.over:
+            self.over, self.backwards, self._forwards = False, 0, []
+            self.asks = not self._draws and self._steps % DRAWS_AT == 0
+            self._steps += 1
             for buffer in self._buffers.copied:
                 buffer.copy()
-        if len(self.forwards) < MOST:
-            random = self.random() if self._on_cuda else (self._state(),)
-            self.forwards.append(Forward(args, kwargs, random, calls))
+        if len(self._forwards) < MOST:
+            random = self.random() if self._draws or self.asks else ()
+            self._forwards.append((args, kwargs, random, calls(frame, outermost=self._outermost)))
 
-    def leave(self) -> None:
-        """A backward pass is over."""
-        self._over = True
-        self.backwards += 1
+    def ask(self) -> None:
+        """At its end: whether a step that is asked has drawn random numbers."""
+        if self._forwards:
+            self._draws = not _same(self._forwards[0][2], self.random())
+        self.asks = False
+
+    def forget(self) -> None:
+        self._forwards, self._outermost = [], None
 
     def random(self) -> tuple[Tensor, ...]:
         """The state of the random generators that the model draws from."""
@@ -73,7 +93,8 @@ class Moment:
         return (own, torch.cuda.get_rng_state(self._device)) if self._on_cuda else (own,)
 
     def set_random(self, states: tuple[Tensor, ...]) -> None:
-        torch.set_rng_state(states[0])
+        if states:
+            torch.set_rng_state(states[0])
         if len(states) > 1:
             torch.cuda.set_rng_state(states[1], self._device)
 
@@ -84,17 +105,22 @@ class Moment:
         modules = [(m, dict(vars(m))) for m in self._model.modules()]
         for parameter in self.parameters:
             parameter.grad = None
-        if self.forwards:
-            self.set_random(self.forwards[0].random)
+        kept = self.forwards[0].random if self.forwards else ()
+        self.set_random(kept)
         try:
             with self._buffers.back():
                 yield
         finally:
+            self.drew_anew |= not kept and not _same(random, self.random())
             self.set_random(random)
             for module, attributes in modules:
                 vars(module).update(attributes)
             for parameter, gradient in zip(self.parameters, gradients, strict=True):
                 parameter.grad = gradient
+
+
+def _same(one: tuple[Tensor, ...], other: tuple[Tensor, ...]) -> bool:
+    return all(map(torch.equal, one, other))
 
 
 class _Buffers:

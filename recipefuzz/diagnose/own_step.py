@@ -114,6 +114,7 @@ NO_FORWARD = (
 )
 NO_SOURCE = "the step's own statements could not be run again, so only the model's forward pass was replayed"
 NOT_AGAIN = "the step was replayed, and was finite then"
+DREW_ANEW = "no step before was seen to draw random numbers, so this one's weren't kept, and the replay drew others"
 
 
 def diagnose(step: Step, health: Health, symptom: str) -> Diagnosis:
@@ -124,9 +125,11 @@ def diagnose(step: Step, health: Health, symptom: str) -> Diagnosis:
     """
     with _eager():
         failure, remark = _replay(step)
+    if step.moment.drew_anew:
+        remark = f"{remark}; {DREW_ANEW}" if remark else DREW_ANEW
     if failure is None:
         return _unknown(step, symptom, remark)
-    if remark:  # of the model's outputs
+    if remark.startswith((NOT_AGAIN, NO_SOURCE)):  # of the model's outputs
         failure = replace(failure, symptom=symptom)
     found = _explained(step, failure, health)
     return replace(found, explanation=f"{found.explanation}; {remark}") if remark else found
