@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch import _amp_foreach_non_finite_check_and_unscale_ as _check
 
 from recipefuzz.diagnose.explosions import Health
 from recipefuzz.diagnose.tensors import is_finite
@@ -47,8 +48,13 @@ class History:
             for p in self._large:
                 if (gradient := p.grad) is not None:
                     total += gradient.sum().item()
-            if self._small:
-                total += self._sum_of_small()
+            try:
+                _check([gradient for p in self._small if (gradient := p.grad) is not None], self._found, self._one)
+            except RuntimeError:  # sparse, complex, or with one element in several places
+                total = math.nan
+            if self._found.item():
+                self._found.zero_()
+                total = math.nan
         else:
             total += self._norm()
         if total - total != 0:
@@ -64,18 +70,6 @@ class History:
     def symptom(self) -> str:
         """What was not finite in the last step that was not, in words."""
         return "the loss" if self._loss_is_bad else "a gradient"
-
-    def _sum_of_small(self) -> float:
-        """Not their sum, but finite where they are."""
-        gradients = [gradient for p in self._small if (gradient := p.grad) is not None]
-        try:
-            torch._amp_foreach_non_finite_check_and_unscale_(gradients, self._found, self._one)
-        except RuntimeError:  # sparse, complex, or with one element in several places
-            return math.nan
-        if not self._found.item():
-            return 0.0
-        self._found.zero_()
-        return math.nan
 
     def _norm(self) -> float:
         """Of several devices: one kernel and one question for each; it can overflow where no element does."""

@@ -21,7 +21,7 @@ from recipefuzz.diagnose.tensors import is_finite
 
 SMALL = 4096  # elements of a buffer that is copied at every step: kernels, and writes to `data`, are unannounced
 MOST = 32  # forward passes of one step whose inputs are kept
-DRAWS_AT = 16  # of so many steps one is asked whether it draws random numbers, until one does
+DRAWS_AT = 64  # of so many steps one is asked whether it draws random numbers, until one does
 
 
 class Forward(NamedTuple):
