@@ -114,9 +114,33 @@ def _clipped(text: str, limit: int) -> str:
     return text if len(text) <= limit else text[: limit - 3] + "..."
 
 
+CALLED = {  # in torch, Lightning, transformers or optax: here
+    "learning_rate": "lr",
+    "wd": "weight_decay",
+    "l2": "weight_decay",
+    "bs": "batch_size",
+    "grad_clip": "clip_norm",
+    "gradient_clip_val": "clip_norm",
+    "max_grad_norm": "clip_norm",
+    "max_norm": "clip_norm",
+    "gain": "init_scale",
+    "opt": "optimizer",
+    "num_warmup_steps": "warmup_steps",
+    "hidden_size": "width",
+    "hidden": "width",
+    "num_layers": "depth",
+    "layers": "depth",
+    "dtype": "precision",
+    "max_steps": "steps",
+}
+
+
 def nearest(word: str, known: Iterable[str]) -> str:
-    """The known word that `word` is probably a typo of, or an empty string."""
-    matches = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
+    """The known word that `word` is probably a typo of, or another library's name for; or an empty string."""
+    known = list(known)
+    if (called := CALLED.get(word.lower())) in known:
+        return str(called)
+    matches = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
     return matches[0] if matches else ""
 
 

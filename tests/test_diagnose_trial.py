@@ -271,6 +271,7 @@ def test_save_writes_a_config_that_shows_the_same_again(write_study, tmp_path, m
     [
         (("--set", "widht=3"), 2, r"--set: unknown axis 'widht'"),
         (("--set", "widht=3"), 2, r"did you mean 'width'"),
+        (("--set", "learning_rate=3"), 2, r"did you mean 'lr'"),
         (("--set", "lr=fast"), 2, "--set.lr: not a value of lr"),
         (("--set", "lr"), 2, r"axis=value, as in lr=0.3"),
         (("--trial", "0"), 2, "no run there"),

@@ -525,6 +525,7 @@ BAD_CODE = [
     ("unknown axis", "", "recipe: {widht: 3}\n", "mse", r"config\.yaml:5: recipe\.widht", "nothing takes the axis 'widht'", "fix:      did you mean 'width'?"),
     ("unknown searched axis", "", "space:\n  widht: [3, 4]\n", "mse", r"config\.yaml:6: space\.widht", "nothing takes the axis 'widht'", "an argument of the model factory case:build (width)"),
     ("mistyped recipe axis", "", "recipe: {clip_nrom: 3}\n", "mse", r"config\.yaml:5: recipe\.clip_nrom", "nothing takes the axis 'clip_nrom'", "did you mean 'clip_norm'?"),
+    ("another library's name", "", "recipe: {learning_rate: 3}\n", "mse", r"config\.yaml:5: recipe\.learning_rate", "nothing takes the axis 'learning_rate'", "did you mean 'lr'?"),
     ("factory without arguments", "def build(): return nn.Linear(3, 1)", "recipe: {depth: 3}\n", "mse", r"config\.yaml:5: recipe\.depth", "nothing takes the axis 'depth'", "(it takes none)"),
     ("axis and model_args", "", "  model_args: {width: 3}\nrecipe: {width: 4}\n", "mse", r"config\.yaml:6: recipe\.width", "width is an axis and stands in target.model_args", "fix:      keep one of them"),
     ("unknown model_args", "", "  model_args:\n    widht: 3\n", "mse", r"config\.yaml:6: target\.model_args\.widht", "case:build takes no argument 'widht'", "fix:      did you mean 'width'?"),
