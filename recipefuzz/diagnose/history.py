@@ -50,7 +50,7 @@ class History:
                     total += gradient.sum().item()
             try:
                 _check([gradient for p in self._small if (gradient := p.grad) is not None], self._found, self._one)
-            except RuntimeError:  # sparse, complex, or with one element in several places
+            except (RuntimeError, TypeError):  # sparse, complex, of a class of its own, one element in several places
                 total = math.nan
             if self._found.item():
                 self._found.zero_()
