@@ -297,6 +297,34 @@ def test_first_bad_is_the_step_of_the_fault(fault, later, k, optimizer):
     assert [pair for pair in trace.heldout if pair[0] < k] == [pair for pair in clean.heldout if pair[0] < k]
 
 
+class Checked(nn.Linear):
+    """Raises on what is not finite, as distributions and decompositions do."""
+
+    def forward(self, x):
+        output = super().forward(x)
+        if not output.isfinite().all():
+            raise ValueError("invalid values")
+        return output
+
+
+@pytest.mark.parametrize("k", [1, 2, 7, 23, 24])
+def test_what_is_raised_after_a_bad_step_is_that_steps_doing(k):
+    faulty = Planted(FAULTS["nan loss"][0], k), Planted(FAULTS["nan loss"][0], k)
+    trace = trace_of(task_of(lambda: Checked(6, 2), faulty[0]))
+    unchecked = trace_of(task_of(lambda: nn.Linear(6, 2), faulty[1]))
+    assert trace.first_bad == k
+    assert bits(trace) == bits(unchecked)
+    assert trace.steps_run == faulty[0].calls
+
+
+def test_what_is_raised_where_all_was_finite_is_an_error():
+    def raising(_loss, _output):
+        raise ValueError("enough")
+
+    outcome = outcome_of(task_of(lambda: Checked(6, 2), Planted(raising, 5)))
+    assert outcome.error.startswith("ValueError: enough")
+
+
 @pytest.mark.parametrize("k", [1, 4, 9])
 def test_first_bad_of_a_parameter_that_breaks_by_itself(k):
     """The loss and the gradient of the step are finite, and the flag is the parameter's."""

@@ -112,17 +112,26 @@ def train(
 
 
 def _chunk(task: Task, stepper: Stepper, rows: Rows, batches: Tensor, constant: Constant) -> Floats:
-    """Train on some batches, (steps, batch); read the device once. Columns as in `Trace.extended`."""
+    """Train on some batches, (steps, batch); read the device once. Columns as in `Trace.extended`.
+
+    What is raised after a step that was not finite is that step's doing: a distribution that checks its parameters, or
+    a decomposition that does not converge. The chunk then ends there.
+    """
     known = constant.of_rows(batches)
     constants = []
     for batch in batches:
         x, y = rows.take(batch)
-        stepper.step(x, y)
+        try:
+            stepper.step(x, y)
+        except RAISED:
+            if stepper.recorder.all_finite():
+                raise
+            break
         if known is None:
             with undisturbed(stepper.device):
                 constants.append(constant.of_targets(task, y, len(batch)).float())
     numbers = stepper.recorder.take()
-    column = (torch.stack(constants) if known is None else known)[:, None].to(numbers.device)
+    column = (torch.stack(constants) if known is None else known[: len(numbers)])[:, None].to(numbers.device)
     return torch.cat([numbers[:, :1], column, numbers[:, 1:]], dim=1).cpu().numpy().astype(np.float64)
 
 
