@@ -76,6 +76,8 @@ def _of_derivative(event: Event) -> str:
 
 def _of_values(event: Event) -> str:
     op, value = event.spot.op, event.witness[0] if event.witness else _extreme(event)
+    if event.writes_nan:
+        return "domain_error"
     if _is_empty(event):
         return "empty_reduction"
     if op in LOGS:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import torch
@@ -12,9 +13,10 @@ from recipefuzz.diagnose.explosions import Health, explosion
 from recipefuzz.diagnose.patch import Mended
 from recipefuzz.diagnose.patient import Patient
 from recipefuzz.diagnose.replay import Failure, first_failure
-from recipefuzz.diagnose.roots import root_of
+from recipefuzz.diagnose.roots import root_of, sound_before
 from recipefuzz.diagnosis import Diagnosis, Fix, Root
 from recipefuzz.engines.job import Outcome
+from recipefuzz.errors import RAISED, describe_exception
 from recipefuzz.targets.non_finite import NonFinite
 from recipefuzz.targets.task import Task, only
 from recipefuzz.verdict import Label
@@ -52,6 +54,27 @@ def not_finite(patient: Patient, outcome: Outcome) -> Diagnosis:
     return _explained(patient, failure, health)
 
 
+def raised(patient: Patient, error: BaseException) -> Diagnosis | None:
+    """Of a trial whose code raised: the value that is not finite, made in the same step, that it raised on.
+
+    None where all was finite, and the exception is about something else.
+    """
+    with patient.replaying() as replay:
+        trace = replay.raises(patient.budget.limit)
+    if trace is None or trace.first_bad is None:
+        return None
+    with patient.replaying() as replay:
+        replay.run(trace.first_bad - 1)
+        try:
+            failure = replay.watched()
+        except RAISED:
+            return None
+    if failure is None:
+        return None
+    found = _explained(patient, failure, Health.of(trace, math.nan))
+    return replace(found, explanation=f"{found.explanation}; then the code raised {describe_exception(error)}")
+
+
 def ahead(failure: Failure, outcome: Outcome) -> Diagnosis:
     """A trial that converges, and a batch of the user's own epochs that would break it."""
     cause = cause_of(failure.origin)
@@ -80,7 +103,7 @@ def _explained(patient: Patient, failure: Failure, health: Health) -> Diagnosis:
         mended = patient.converges(_without_bad_rows(patient.task))
     elif failure.origin.event is not None:
         mended = _with_line_mended(patient, failure)
-        if health.exploded or not (mended or health.sound) or patient.recipe.precision != "fp32":
+        if not (mended or sound_before(cause, health)) or health.exploded or patient.recipe.precision != "fp32":
             fixes = _recipe_fixes(patient)
     remedied = any(f.verdict == Label.CONVERGING or (health.exploded and f.verdict != Label.NAN) for f in fixes)
     root = root_of(cause, health, mended=mended, remedied=remedied, in_half=patient.recipe.precision != "fp32")
@@ -147,6 +170,6 @@ def diagnosis_of(
         ),
         evidence={**vars(health), "symptom": failure.symptom, "mended": mended},
         chain=tuple(wording.place(e) for e in origin.chain),
-        advice=wording.ADVICE.get(cause, "") if root is not Root.RECIPE else "",
+        advice=wording.advice(cause, event) if root is not Root.RECIPE else "",
         fixes=fixes,
     )

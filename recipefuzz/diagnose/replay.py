@@ -5,11 +5,13 @@ A trial is a pure function of task, recipe and seed, so nothing has to be kept w
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -18,9 +20,11 @@ from recipefuzz.diagnose.tensors import is_finite, tensors
 from recipefuzz.diagnose.watching import Watch
 from recipefuzz.engines import prepare
 from recipefuzz.engines.sequential import Stepper, flushed_denormals, one_thread, with_own_loss
+from recipefuzz.errors import RAISED
 from recipefuzz.recipe import Recipe
 from recipefuzz.targets.seeding import seeded, undisturbed
 from recipefuzz.targets.task import Rows, Task
+from recipefuzz.trace import COLUMNS, Trace
 
 LATER = 8  # steps by which a replay's failure may come later than in lanes, whose sums round otherwise
 KEPT = ("buffer", "attribute")  # what a model keeps from step to step beside its parameters
@@ -32,7 +36,7 @@ class Failure:
 
     Attributes:
         step: counted from 1.
-        symptom: what was found not finite: "loss", "gradient of NAME", "parameter NAME".
+        symptom: what was found not finite: "loss", "gradient of NAME", "parameter NAME", "what ERROR was raised on".
         rows: indices of the training rows in its batch.
         recurrent: whether the model applies one weight many times in a step.
     """
@@ -70,6 +74,17 @@ class Replay:
         bad = self.stepper.recorder.take()[:, -1].nonzero()
         return start + int(bad[0]) + 1 if len(bad) else None
 
+    def raises(self, steps: int) -> Trace | None:
+        """Ordinary steps; if one raises, the trace up to it, which ends with it as one that was not finite."""
+        with contextlib.suppress(*RAISED):
+            self.run(steps)
+            return None
+        nothing = np.full((1, len(COLUMNS) + 1), np.nan)
+        if not self.done:
+            return Trace().extended(nothing)
+        numbers = self.stepper.recorder.take().cpu().numpy().astype(np.float64)
+        return Trace().extended(np.concatenate([np.insert(numbers, 1, np.nan, axis=1), nothing]))
+
     def overshot(self, steps: int) -> int:
         """Ordinary steps, each followed by its batch's loss once more; how many of them raised it."""
         raised = 0
@@ -88,7 +103,8 @@ class Replay:
         (batch,) = self._order.draw(1, self._rows.index_device)
         self.done += 1
         x, y = self._rows.take(batch)
-        return watched_step(self.model, lambda: self.stepper.step(x, y), x, y, self.done, tuple(batch.tolist()))
+        rows = tuple(batch.tolist())
+        return watched_step(self.model, lambda: self.stepper.step(x, y), x, y, self.done, rows, may_raise=True)
 
     def loss_and_gradients(self, batch: Tensor) -> Tensor:
         """Forward and backward pass on some rows, without an update; the loss, a scalar on the device."""
@@ -106,7 +122,14 @@ class Replay:
 
 
 def watched_step(
-    model: nn.Module, step: Callable[[], Tensor], x: Any, y: Any, number: int, rows: tuple[int, ...] = ()
+    model: nn.Module,
+    step: Callable[[], Tensor],
+    x: Any,
+    y: Any,
+    number: int,
+    rows: tuple[int, ...] = (),
+    *,
+    may_raise: bool = False,
 ) -> Failure | None:
     """Make one training step with every operation watched.
 
@@ -114,6 +137,10 @@ def watched_step(
         step: makes the step on the batch x, y; returns the loss.
         number: of the step, for the result.
         rows: which training rows the batch is made of, for the result.
+        may_raise: take what the step raises for a failure, too, where something not finite had been made before.
+
+    Raises:
+        Exception: whatever else the step raises.
     """
     watch = Watch(model)
     for name, value in (("x", x), ("y", y)):
@@ -122,8 +149,14 @@ def watched_step(
     for name, tensor in state_of(model):
         watch.name(tensor, name)
     with watch.active():
-        loss = step()
-    found = _symptom(watch, model, loss)
+        try:
+            loss = step()
+        except RAISED as error:
+            found = _raised_on(watch, error) if may_raise else None
+            if found is None:
+                raise
+        else:
+            found = _symptom(watch, model, loss)
     if found is None:
         return None
     symptom, writers = found
@@ -143,6 +176,12 @@ def _symptom(watch: Watch, model: nn.Module, loss: Tensor) -> tuple[str, tuple[i
         if not is_finite(tensor) and (writers := watch.writers_of(tensor)):
             return name, writers
     return None
+
+
+def _raised_on(watch: Watch, error: BaseException) -> tuple[str, tuple[int, ...]] | None:
+    """What was not finite when the step raised: the last that was made, infinities that were meant aside."""
+    last = next((event.index for event in reversed(watch.events) if not event.meant), None)
+    return None if last is None else (f"what {type(error).__name__} was raised on", (last,))
 
 
 def state_of(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

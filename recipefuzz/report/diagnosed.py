@@ -50,7 +50,7 @@ def _head(found: Diagnosis) -> Text:
 
 def _rows(found: Diagnosis, threshold: str) -> list[tuple[str, str]]:
     where = [found.where, found.phase and f"in the {found.phase}", found.module and f"module {found.module}"]
-    route = " > ".join(step.split(" at ")[0] for step in found.chain)
+    route = _route([step.split(" at ")[0] for step in found.chain])
     return [
         ("where", ", ".join(w for w in where if w)),
         ("line", found.source),
@@ -61,15 +61,44 @@ def _rows(found: Diagnosis, threshold: str) -> list[tuple[str, str]]:
     ]
 
 
+def _route(steps: list[str]) -> str:
+    """Operations in their order; what a loop repeats is told once: "(mm > add) x 70 > addmm"."""
+    parts, at = [], 0
+    while at < len(steps):
+        span, times = max(
+            ((n, _repeats(steps[at:], n)) for n in range(1, (len(steps) - at) // 2 + 1)),
+            key=lambda found: (found[0] * found[1] if found[1] > 1 else 0, -found[0]),
+            default=(1, 1),
+        )
+        if times == 1:
+            span = 1
+        turn = _route(steps[at : at + span]) if times > 1 else steps[at]
+        parts.append(turn if times == 1 else f"{turn} x {times}" if span == 1 else f"({turn}) x {times}")
+        at += span * times
+    return " > ".join(parts)
+
+
+def _repeats(steps: list[str], span: int) -> int:
+    """How many times in a row the first few steps come."""
+    times = 1
+    while steps[times * span : (times + 1) * span] == steps[:span]:
+        times += 1
+    return times
+
+
 def _mended(found: Diagnosis) -> list[tuple[str, str]]:
     if not found.cause:
         return []
     if found.root != Root.RECIPE:
-        return [("fix", f"no recipe fixes it: {found.advice}" if found.advice else "no recipe fixes it")]
+        where = "in the data" if found.root == Root.DATA else "in the code"
+        return [("fix", f"{where}: {found.advice}" if found.advice else f"{where}, not in the recipe")]
     if found.fix is None:
         text = f"none of {len(found.fixes)} changes of the recipe that were run converges on every seed"
         finite = [f for f in found.fixes if f.verdict != Label.NAN]
-        if found.verdict == Label.NAN and finite:
+        nearly = max(found.fixes, key=lambda f: f.converged / f.seeds, default=None)
+        if nearly and nearly.converged:
+            text += f"; the nearest: {_fix(nearly)}"
+        elif found.verdict == Label.NAN and finite:
             text += f"; {len(finite)} stay finite, the smallest: {finite[0].change}"
         return [("fix", text)]
     others = [f for f in found.fixes if f.works and f is not found.fix][:SHOWN]
