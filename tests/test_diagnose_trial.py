@@ -433,7 +433,8 @@ RUN = np.linspace(0, 1, 60)
         (-9 * RUN**2, False),
         (-9 * RUN**2 + np.sin(7e3 * RUN), False),
         (-9 * np.log1p(9 * RUN), True),
-        (RUN[:2], False),
+        (9 * RUN, True),
+        (RUN[:1], False),
     ],
 )
 def test_a_loss_levels_off(losses, levels):

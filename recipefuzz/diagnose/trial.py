@@ -69,10 +69,8 @@ def _of_no_skill(patient: Patient, losses: Floats) -> Diagnosis:
 def levels_off(losses: Floats) -> bool:
     """Whether a loss falls slower in the end than at first: one without a minimum falls ever faster, or steadily.
 
-    By the medians of the run's thirds, so that the draw of a batch counts little.
+    By medians over a tenth of the run, at its begin, middle and end, so that the draw of a batch counts little.
     """
-    parts = np.array_split(losses, 3)
-    if not len(parts[-1]):
-        return False
-    first, middle, last = map(median, parts)
+    span = max(1, len(losses) // 10)
+    first, middle, last = (median(losses[i : i + span]) for i in ((len(losses) - span) * np.arange(3) // 2))
     return middle - last < SLOWED * (first - middle)
