@@ -12,7 +12,8 @@ ADVICE = {
     "data_nonfinite": "drop or fill those rows where the data are loaded",
     "division_by_zero": "keep the divisor away from zero: add an epsilon (x / (d + 1e-8)), or clamp it",
     "log_of_zero": "clamp the argument: torch.log(p.clamp(min=1e-7)); better, of probabilities give the loss logits "
-    "(cross_entropy, log_softmax, binary_cross_entropy_with_logits), of a sum of densities take logsumexp",
+    "(cross_entropy, log_softmax, binary_cross_entropy_with_logits), of a sum of densities take logsumexp, and make a "
+    "rate or a variance positive by softplus(z) + 1e-6, not by a relu",
     "log_of_negative": "the argument must be positive: make it so with softplus or exp, or clamp it",
     "sqrt_gradient_at_zero": "its derivative is infinite there: add an epsilon inside, as in torch.sqrt(x + 1e-8), or "
     "keep the argument off the edge with clamp; torch.where afterwards does not help, since 0 * inf is NaN",
