@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 
 import torch
@@ -16,7 +15,6 @@ from recipefuzz.diagnose.replay import Failure, first_failure
 from recipefuzz.diagnose.roots import root_of, sound_before
 from recipefuzz.diagnosis import Diagnosis, Fix, Root
 from recipefuzz.engines.job import Outcome
-from recipefuzz.errors import RAISED, describe_exception
 from recipefuzz.targets.non_finite import NonFinite
 from recipefuzz.targets.task import Task, only
 from recipefuzz.verdict import Label
@@ -52,27 +50,6 @@ def not_finite(patient: Patient, outcome: Outcome) -> Diagnosis:
         text += "numbers of its own, or keeps state between runs"
         return Diagnosis(Label.NAN, Root.CODE, "unknown", step=outcome.trace.first_bad, explanation=text)
     return _explained(patient, failure, health)
-
-
-def raised(patient: Patient, error: BaseException) -> Diagnosis | None:
-    """Of a trial whose code raised: the value that is not finite, made in the same step, that it raised on.
-
-    None where all was finite, and the exception is about something else.
-    """
-    with patient.replaying() as replay:
-        trace = replay.raises(patient.budget.limit)
-    if trace is None or trace.first_bad is None:
-        return None
-    with patient.replaying() as replay:
-        replay.run(trace.first_bad - 1)
-        try:
-            failure = replay.watched()
-        except RAISED:
-            return None
-    if failure is None:
-        return None
-    found = _explained(patient, failure, Health.of(trace, math.nan))
-    return replace(found, explanation=f"{found.explanation}; then the code raised {describe_exception(error)}")
 
 
 def ahead(failure: Failure, outcome: Outcome) -> Diagnosis:
@@ -166,6 +143,7 @@ def diagnosis_of(
                 wording.happened(origin, cause, failure.step, failure.symptom, failure.rows),
                 wording.health_words(health),
                 *([wording.MENDED[cause == "data_nonfinite"]] if mended else []),
+                *([f"then the code raised {failure.raised}"] if failure.raised else []),
             ]
         ),
         evidence={**vars(health), "symptom": failure.symptom, "mended": mended},

@@ -5,13 +5,11 @@ A trial is a pure function of task, recipe and seed, so nothing has to be kept w
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -20,11 +18,10 @@ from recipefuzz.diagnose.tensors import is_finite, tensors
 from recipefuzz.diagnose.watching import Watch
 from recipefuzz.engines import prepare
 from recipefuzz.engines.sequential import Stepper, flushed_denormals, one_thread, with_own_loss
-from recipefuzz.errors import RAISED
+from recipefuzz.errors import RAISED, describe_exception
 from recipefuzz.recipe import Recipe
 from recipefuzz.targets.seeding import seeded, undisturbed
 from recipefuzz.targets.task import Rows, Task
-from recipefuzz.trace import COLUMNS, Trace
 
 LATER = 8  # steps by which a replay's failure may come later than in lanes, whose sums round otherwise
 KEPT = ("buffer", "attribute")  # what a model keeps from step to step beside its parameters
@@ -36,9 +33,10 @@ class Failure:
 
     Attributes:
         step: counted from 1.
-        symptom: what was found not finite: "loss", "gradient of NAME", "parameter NAME", "what ERROR was raised on".
+        symptom: what was found not finite: "loss", "gradient of NAME", "parameter NAME", "what was raised on".
         rows: indices of the training rows in its batch.
         recurrent: whether the model applies one weight many times in a step.
+        raised: the exception that the step ended with, in one line; empty where it did not raise.
     """
 
     step: int
@@ -46,6 +44,7 @@ class Failure:
     origin: Origin
     rows: tuple[int, ...]
     recurrent: bool
+    raised: str = ""
 
 
 class Replay:
@@ -73,17 +72,6 @@ class Replay:
             self.done += 1
         bad = self.stepper.recorder.take()[:, -1].nonzero()
         return start + int(bad[0]) + 1 if len(bad) else None
-
-    def raises(self, steps: int) -> Trace | None:
-        """Ordinary steps; if one raises, the trace up to it, which ends with it as one that was not finite."""
-        with contextlib.suppress(*RAISED):
-            self.run(steps)
-            return None
-        nothing = np.full((1, len(COLUMNS) + 1), np.nan)
-        if not self.done:
-            return Trace().extended(nothing)
-        numbers = self.stepper.recorder.take().cpu().numpy().astype(np.float64)
-        return Trace().extended(np.concatenate([np.insert(numbers, 1, np.nan, axis=1), nothing]))
 
     def overshot(self, steps: int) -> int:
         """Ordinary steps, each followed by its batch's loss once more; how many of them raised it."""
@@ -148,11 +136,12 @@ def watched_step(
             watch.name(tensor, name)
     for name, tensor in state_of(model):
         watch.name(tensor, name)
+    raised = ""
     with watch.active():
         try:
             loss = step()
         except RAISED as error:
-            found = _raised_on(watch, error) if may_raise else None
+            found, raised = _raised_on(watch) if may_raise else None, describe_exception(error)
             if found is None:
                 raise
         else:
@@ -161,7 +150,7 @@ def watched_step(
         return None
     symptom, writers = found
     origin = origin_of(watch.events, writers)
-    return None if origin is None else Failure(number, symptom, origin, rows, watch.recurrent)
+    return None if origin is None else Failure(number, symptom, origin, rows, watch.recurrent, raised)
 
 
 def _symptom(watch: Watch, model: nn.Module, loss: Tensor) -> tuple[str, tuple[int, ...]] | None:
@@ -178,10 +167,10 @@ def _symptom(watch: Watch, model: nn.Module, loss: Tensor) -> tuple[str, tuple[i
     return None
 
 
-def _raised_on(watch: Watch, error: BaseException) -> tuple[str, tuple[int, ...]] | None:
+def _raised_on(watch: Watch) -> tuple[str, tuple[int, ...]] | None:
     """What was not finite when the step raised: the last that was made, infinities that were meant aside."""
     last = next((event.index for event in reversed(watch.events) if not event.meant), None)
-    return None if last is None else (f"what {type(error).__name__} was raised on", (last,))
+    return None if last is None else ("what was raised on", (last,))
 
 
 def state_of(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -7,7 +7,7 @@ import math
 import numpy as np
 
 from recipefuzz.diagnose.hazards import hazard_of
-from recipefuzz.diagnose.nonfinite import ahead, not_finite, of_data, raised
+from recipefuzz.diagnose.nonfinite import ahead, not_finite, of_data
 from recipefuzz.diagnose.patient import Patient
 from recipefuzz.diagnose.stalls import stalled
 from recipefuzz.diagnosis import Diagnosis, Root
@@ -28,7 +28,7 @@ def diagnose_trial(patient: Patient) -> Diagnosis:
     """Train the trial and explain what became of it; data that break every trial are named without.
 
     Raises:
-        RunFailedError: the user's code raised, and not on a value that is not finite.
+        RunFailedError: the user's code raised.
     """
     if finding := harmful_rows(patient.task, patient.recipe, patient.seed):
         return of_data(patient, finding)
@@ -36,8 +36,6 @@ def diagnose_trial(patient: Patient) -> Diagnosis:
     try:
         outcome = patient.train()
     except RAISED as error:
-        if found := raised(patient, error):
-            return found
         raise RunFailedError(f"the trial raised {describe_exception(error)}") from error
     assert outcome.verdict is not None
     if outcome.verdict.label is Label.NAN:
