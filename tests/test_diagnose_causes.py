@@ -95,6 +95,8 @@ CAUSES = {
         lambda x, w: torch.log1p(w * 0 - 1),
         lambda x, w: torch.logit(w - w),
         lambda x, w: torch.where(w > 0.7, torch.log(w - 0.5), w),
+        lambda x, w: torch.xlogy(-w, w - w),
+        lambda x, w: torch.special.xlog1py(-w, w * 0 - 1),
         lambda x, w: -torch.log((w * 400 - 400).softmax(-1)),
         entropy,
     ),
@@ -103,6 +105,7 @@ CAUSES = {
         lambda x, w: (-w).log(),
         lambda x, w: torch.log1p(-w * 3),
         lambda x, w: torch.logit(w * 3),
+        lambda x, w: torch.xlogy(w, -w),
     ),
     "sqrt_gradient_at_zero": (
         lambda x, w: (w - w).sqrt(),

@@ -37,8 +37,8 @@ ADVICE_OF_VECTORS = (
     "different numbers, such as 1e-4 * torch.arange(n).diag()), or use the values alone (torch.linalg.eigvalsh)"
 )
 ADVICE_OF_XLOGY = (
-    "a weight above 0 times the log of 0: keep a rate or probability above 0 (softplus(z) + 1e-6 in place of a relu), "
-    "and the targets of a density off its edge (y.clamp(1e-6, 1 - 1e-6) under a Beta)"
+    "a weight other than 0 times the log of 0: keep a rate or probability above 0 (softplus(z) + 1e-6, no relu), and "
+    "the targets of a density off its edge (y.clamp(1e-6, 1 - 1e-6) under a Beta, y.clamp(min=1e-6) under a Gamma)"
 )
 ADVICE_OF_NAN = (
     "a NaN is written there, not computed: torch.logdet gives it for a negative determinant "
