@@ -12,6 +12,7 @@ from recipefuzz.diagnosis import Diagnosis, Fix, Root
 from recipefuzz.recipe import Recipe, Scalar, shown
 from recipefuzz.verdict import Label
 
+LONGEST = 32  # operations of a loop's body that is told once
 SHOWN = 3  # changes of the recipe beside the recommended one
 STYLES: dict[str, str] = {Label.NAN: "bold red", Label.STALLED: "bold yellow", Label.CONVERGING: "bold green"}
 NAMES = {Root.RECIPE: "the recipe", Root.CODE: "a bug in the code", Root.DATA: "the data"}
@@ -65,25 +66,21 @@ def _route(steps: list[str]) -> str:
     """Operations in their order; what a loop repeats is told once: "(mm > add) x 70 > addmm"."""
     parts, at = [], 0
     while at < len(steps):
-        span, times = max(
-            ((n, _repeats(steps[at:], n)) for n in range(1, (len(steps) - at) // 2 + 1)),
-            key=lambda found: (found[0] * found[1] if found[1] > 1 else 0, -found[0]),
-            default=(1, 1),
-        )
-        if times == 1:
-            span = 1
+        spans = range(1, min(LONGEST, (len(steps) - at) // 2) + 1)
+        loops = [(n, times) for n in spans if (times := _repeats(steps, at, n)) > 1]
+        span, times = max(loops, key=lambda loop: (loop[0] * loop[1], -loop[0]), default=(1, 1))
         turn = _route(steps[at : at + span]) if times > 1 else steps[at]
         parts.append(turn if times == 1 else f"{turn} x {times}" if span == 1 else f"({turn}) x {times}")
         at += span * times
     return " > ".join(parts)
 
 
-def _repeats(steps: list[str], span: int) -> int:
-    """How many times in a row the first few steps come."""
-    times = 1
-    while steps[times * span : (times + 1) * span] == steps[:span]:
-        times += 1
-    return times
+def _repeats(steps: list[str], start: int, span: int) -> int:
+    """How many times in a row the steps of one turn come."""
+    end = start + span
+    while steps[end : end + span] == steps[start : start + span]:
+        end += span
+    return (end - start) // span
 
 
 def _mended(found: Diagnosis) -> list[tuple[str, str]]:
