@@ -11,13 +11,14 @@ import pytest
 import torch
 from test_diagnose_watching import INF, MASK, ONES, X, failure_of
 from torch import nn
+from torch.distributions import Poisson
 from torch.nn import functional
 
 from recipefuzz.diagnose.causes import OVERFLOW, cause_of
 from recipefuzz.diagnose.explosions import Health, explosion
 from recipefuzz.diagnose.origin import Origin
 from recipefuzz.diagnose.roots import EXPLOSIONS, root_of
-from recipefuzz.diagnose.wording import ADVICE
+from recipefuzz.diagnose.wording import ADVICE, advice, happened
 from recipefuzz.diagnosis import Root
 from recipefuzz.trace import Trace
 
@@ -94,6 +95,8 @@ CAUSES = {
         lambda x, w: torch.log1p(w * 0 - 1),
         lambda x, w: torch.logit(w - w),
         lambda x, w: torch.where(w > 0.7, torch.log(w - 0.5), w),
+        lambda x, w: torch.xlogy(-w, w - w),
+        lambda x, w: torch.special.xlog1py(-w, w * 0 - 1),
         lambda x, w: -torch.log((w * 400 - 400).softmax(-1)),
         entropy,
     ),
@@ -102,6 +105,7 @@ CAUSES = {
         lambda x, w: (-w).log(),
         lambda x, w: torch.log1p(-w * 3),
         lambda x, w: torch.logit(w * 3),
+        lambda x, w: torch.xlogy(w, -w),
     ),
     "sqrt_gradient_at_zero": (
         lambda x, w: (w - w).sqrt(),
@@ -122,6 +126,9 @@ CAUSES = {
         lambda x, w: torch.acosh(w * 0.1),
         lambda x, w: torch.atanh(w * 3),
         lambda x, w: (-w).rsqrt(),
+        lambda x, w: torch.logdet(torch.diag(w * torch.tensor([1.0, 1, -1]))),
+        lambda x, w: torch.where(w > 0, w * math.nan, w),
+        lambda x, w: (x * w).masked_fill(MASK, math.nan),
     ),
     "exp_overflow": (
         lambda x, w: torch.exp(w * 100),
@@ -217,6 +224,28 @@ def test_every_singular_cause_has_advice():
     assert set(ADVICE) == {"data_nonfinite", *CAUSES} - {OVERFLOW}
 
 
+ADVISED = {
+    "half precision": (lambda x, w: (w - w).half() / (w - w).half(), "float16 an epsilon below 6e-8 is 0"),
+    "eigenvectors": (lambda x, w: torch.linalg.eigh(torch.diag(w - w))[1] @ w, "equal eigenvalues"),
+    "a rate of 0": (lambda x, w: Poisson((w - w).relu()).log_prob(ONES), "softplus"),
+    "written": (lambda x, w: torch.logdet(-torch.diag(w)), "slogdet"),
+    "a plain division": (lambda x, w: w / (w - w), "add an epsilon (x / (d + 1e-8)), or clamp it"),
+}
+
+
+@pytest.mark.parametrize(("function", "words"), ADVISED.values(), ids=ADVISED)
+def test_advice_fits_the_operation(function, words):
+    origin = failure_of(function).origin
+    told = advice(cause_of(origin), origin.event)
+    assert words in told
+    assert sum(w in told for _, w in ADVISED.values()) <= 1 + ("an epsilon (x" in told)
+
+
+def test_a_number_that_is_written_is_not_said_to_be_computed():
+    failure = failure_of(lambda x, w: torch.logdet(-torch.diag(w)))
+    assert "gave NaN, which was written there, not computed" in happened(failure.origin, "domain_error", 1, "loss", ())
+
+
 SOUND = Health(step=50, swell=1.2, first_loss=2.0, loss=0.5, constant=2.3, thrown=0.1, burst=2.0)
 FIRST = Health(step=1, swell=1.0, first_loss=2.0, loss=math.nan, constant=2.3, thrown=0.0, burst=1.0)
 HOT = Health(step=1, swell=1.0, first_loss=1e9, loss=math.nan, constant=2.3, thrown=0.0, burst=1.0)
@@ -301,6 +330,10 @@ SICK, EXPLODED = but(SOUND, swell=20.0), but(SOUND, swell=100.0)
         ("log_of_zero", SICK, False, False, False, Root.CODE),  # nothing else helps either
         ("log_of_zero", SICK, False, True, False, Root.RECIPE),
         ("division_by_zero", SICK, None, True, False, Root.RECIPE),
+        ("exp_overflow", FIRST, False, True, False, Root.RECIPE),  # inputs and initial weights made the exponent
+        ("exp_overflow", FIRST, True, True, False, Root.CODE),
+        ("exp_overflow", FIRST, False, False, False, Root.CODE),
+        ("log_of_zero", FIRST, False, True, False, Root.CODE),
         ("exp_overflow", EXPLODED, True, True, False, Root.RECIPE),  # a line that is mended hides where the weights are
         ("exp_overflow", EXPLODED, True, False, False, Root.CODE),
     ],

@@ -15,7 +15,8 @@ from recipefuzz.diagnose.patient import Patient
 from recipefuzz.diagnose.relation import explainable, neighbours_skill, same_targets, varied
 from recipefuzz.diagnose.remedies import Applies, Remedy, for_stall
 from recipefuzz.diagnose.signals import Signals, Weight, signals
-from recipefuzz.diagnose.stalls import to_the_point
+from recipefuzz.diagnose.stall_words import symptom
+from recipefuzz.diagnose.stalls import to_the_point, witnesses
 from recipefuzz.diagnose.symptoms import (
     Findings,
     cause_in_code,
@@ -321,6 +322,45 @@ def test_a_change_of_the_axis_that_the_cause_names_is_the_fix(patient_of):
     assert order == [{"lr": 0.1}, {"lr": 1.0}, {"init_scale": 3.0}, {"lr": 2e-5}]
     assert to_the_point("vanishing_gradients", tuple(named)) == tuple(named)
     assert diagnose_trial(patient).fix.values.keys() == {"lr"}
+
+
+def test_the_run_that_learned_most_is_asked_about_held_out_rows_too():
+    """Close to where training fails a run may converge and be bad on all other rows: no proof against the data."""
+    near, best, failing = (Fix("", {"lr": lr}, label, skill, 3, 3) for lr, label, skill in NEAR)
+    assert witnesses((near, best, failing)) == [near, best]
+    assert witnesses((best, near, failing)) == [best]
+    assert witnesses((replace(near, skill=None), failing)) == [replace(near, skill=None)]
+
+
+NEAR = ((1.0, "converging", 0.3), (0.1, "converging", 0.9), (0.01, "stalled", 0.95))
+
+
+class Averaging(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.net = mlp()
+
+    def forward(self, x):
+        return self.net(x).mean(0, keepdim=True).expand(len(x), -1)
+
+
+class Rounding(Averaging):
+    def forward(self, x):
+        return self.net(x).round()
+
+
+@pytest.mark.parametrize(
+    ("build", "words"),
+    [
+        (Averaging, "the output is the same for every row from the start"),
+        (Rounding, "every weight's gradient is exactly 0 from the start"),
+        (mlp, "no single fault was seen in activations and gradients"),
+    ],
+)
+def test_what_is_seen_of_code_that_can_not_learn(build, words):
+    torch.manual_seed(0)
+    seen = signals(build(), LOSSES["mse"], X, Y, CPU)
+    assert symptom("cannot_overfit", replace(FINE, start=seen), SGD) == words
 
 
 def clamped():

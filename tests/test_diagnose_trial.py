@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -20,7 +22,7 @@ from recipefuzz.diagnose import remedies
 from recipefuzz.diagnose.patient import Patient
 from recipefuzz.diagnose.remedies import Applies, Remedy
 from recipefuzz.diagnose.shrink import ROUNDS, Shrunk, shrink
-from recipefuzz.diagnose.trial import diagnose_trial
+from recipefuzz.diagnose.trial import diagnose_trial, levels_off
 from recipefuzz.diagnosing import diagnose
 from recipefuzz.diagnosis import Diagnosis, Fix
 from recipefuzz.engines.job import Outcome
@@ -295,6 +297,53 @@ def test_code_that_raises_is_told_with_its_line(write_study, tmp_path):
     assert "case.py" in err
 
 
+RAISING = """
+from torch.distributions import Normal
+
+
+def load():
+    x = torch.randn(48, 3, generator=torch.Generator().manual_seed(0))
+    x[7] = 0
+    return x[:40], x[:40, :1], x[40:], x[40:, :1]
+
+
+class Model(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(3, 1)
+
+    def forward(self, x):
+        shift = {shift}
+        return Normal(self.linear(x), 1.0).mean + shift
+
+
+def build():
+    return Model()
+"""
+RAISES = {  # where it began, and whether it raised in that very step
+    "in the next step": ("self.linear(x).detach() * 0 + (self.linear(x) * x[:, :1]).square().sqrt()", "sqrt_gradient_at_zero", False),
+    "in the same step": ("Normal((x[:, :1] / x[:, :1]) * self.linear(x), 1.0).mean", "division_by_zero", True),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("shift", "cause", "same"), RAISES.values(), ids=RAISES)
+def test_code_that_raises_on_a_value_that_is_not_finite(shift, cause, same, write_study):
+    """Distributions check their parameters: the value that they were given is the failure, not the exception."""
+    found = diagnose(write_study(RAISING.format(shift=shift), more(8, lr=0.1))).diagnosis
+    assert (found.verdict, found.root, found.cause) == ("nan", "code", cause)
+    assert found.source.startswith("shift = ")
+    assert found.step == next(i for i, rows in enumerate(batches(40), 1) if 7 in rows)
+    assert ("; then the code raised ValueError: Expected parameter loc" in found.explanation) is same
+
+
+def test_code_that_raises_beside_infinities_that_are_meant_is_told_as_it_is(write_study, tmp_path):
+    shift = "x.masked_fill(torch.arange(3) == 2, -math.inf).softmax(1)[:, :1] + (1 / 0 if (x[:, 0] == 0).any() else 0)"
+    write_study("import math\n" + RAISING.format(shift=shift), more(8, lr=0.1))
+    status, out, err = cli("diagnose", str(tmp_path / "config.yaml"))
+    assert (status, out) == (3, "")
+    assert "the trial raised ZeroDivisionError" in err
+
+
 def test_what_people_read(write_study, tmp_path):
     write_study(LOG, more(4, lr=0.02))
     status, out, _ = cli("diagnose", str(tmp_path / "config.yaml"))
@@ -304,7 +353,7 @@ def test_what_people_read(write_study, tmp_path):
     assert lines[0] == "nan at step 15: log_of_zero, a bug in the code"
     assert lines[1] == f" where  case.py:{place}, in the forward, module parts.size"
     assert lines[2] == " line   return torch.log(x[:, :1].abs())"
-    assert any("no recipe fixes it: give the loss logits instead" in line for line in lines)
+    assert any("in the code: clamp the argument" in line for line in lines)
     assert lines[-1] == " recipe lr 0.02, batch_size 4, seed 0"
 
 
@@ -350,8 +399,73 @@ def test_the_text_of_a_healthy_trial():
 def test_the_text_where_nothing_helps():
     unmended = Diagnosis("nan", "recipe", "exploding_parameters", fixes=FIXES[2:])
     assert "none of 2 changes of the recipe that were run converges on every seed" in shown(unmended)
+    assert "the nearest: norm null -> layer (2 of 3 seeds converge)" in " ".join(shown(unmended).split())
+    finite = Fix("lr 0.3 -> 0.1", {"lr": 0.1}, "stalled")
+    assert "1 stay finite, the smallest: lr 0.3 -> 0.1" in " ".join(
+        shown(replace(unmended, fixes=(FIXES[3], finite))).split()
+    )
     assert unmended.fix is None
     assert EXPLODED.fix is FIXES[0]
+
+
+@pytest.mark.parametrize(
+    ("chain", "text"),
+    [
+        ("a b c", "a > b > c"),
+        ("a a b", "a x 2 > b"),
+        ("m a m a m a f", "(m > a) x 3 > f"),
+        ("z s e e s e e f", "z > (s > e x 2) x 2 > f"),
+        ("a b a", "a > b > a"),
+    ],
+)
+def test_what_a_loop_repeats_is_told_once(chain, text):
+    found = replace(EXPLODED, chain=tuple(f"{op} at case.py:3" for op in chain.split()))
+    assert f" way    {text}\n" in shown(found)
+
+
+RUN = np.linspace(0, 1, 60)
+
+
+@pytest.mark.parametrize(
+    ("losses", "levels"),
+    [
+        (9 * np.exp(-5 * RUN), True),
+        (-9 * RUN, False),
+        (-9 * RUN**2, False),
+        (-9 * RUN**2 + np.sin(7e3 * RUN), False),
+        (-9 * np.log1p(9 * RUN), True),
+        (9 * RUN, True),
+        (RUN[:1], False),
+    ],
+)
+def test_a_loss_levels_off(losses, levels):
+    assert levels_off(losses) is levels
+
+
+@pytest.mark.parametrize(("sign", "lr", "root", "cause"), [(1, 0.01, "", ""), (-1, 0.00005, "code", "unknown")])
+def test_a_loss_without_a_minimum_over_constants(sign, lr, root, cause, write_study):
+    """A flow's likelihood has a minimum that no constant shows; with the wrong sign it has none at all."""
+    code = """
+class build(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.log_scale = nn.Parameter(torch.zeros(6))
+
+    def forward(self, x):
+        z = x * self.log_scale.exp()
+        return torch.distributions.Normal(0.0, 1.0).log_prob(z).sum(1) + self.log_scale.sum()
+
+
+def load():
+    x = 4 * torch.randn(48, 6, generator=torch.Generator().manual_seed(0))
+    return x[:40], x[:40], x[40:], x[40:]
+
+
+def loss(output, target):
+    return -SIGN * output.mean()
+""".replace("SIGN", str(sign))
+    found = diagnose(write_study(code, more(8, lr=lr), loss="case:loss")).diagnosis
+    assert (found.verdict, found.root, found.cause) == ("not judged", root, cause)
 
 
 # what is tried

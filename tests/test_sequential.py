@@ -14,6 +14,7 @@ import pytest
 import torch
 from conftest import FAKE_GPU
 from torch import Tensor, nn
+from torch.distributions import Normal, StudentT
 from torch.nn import functional
 from torch.utils.data import Dataset
 
@@ -21,6 +22,7 @@ from recipefuzz.config import load_config
 from recipefuzz.engines import recorder
 from recipefuzz.engines.dropout import seed_dropout
 from recipefuzz.engines.job import Job, run
+from recipefuzz.engines.raising import LAST
 from recipefuzz.engines.sequential import SequentialEngine
 from recipefuzz.recipe import Recipe
 from recipefuzz.targets.losses import LOSSES
@@ -295,6 +297,70 @@ def test_first_bad_is_the_step_of_the_fault(fault, later, k, optimizer):
     assert all(np.isfinite(getattr(trace, column)[: k - 1]).all() for column in COLUMNS)
     assert all(step < first for step, _ in trace.heldout)
     assert [pair for pair in trace.heldout if pair[0] < k] == [pair for pair in clean.heldout if pair[0] < k]
+
+
+class Checked(nn.Linear):
+    """Raises on what is not finite, as distributions and decompositions do."""
+
+    def forward(self, x):
+        output = super().forward(x)
+        if not output.isfinite().all():
+            raise ValueError("invalid values")
+        return output
+
+
+@pytest.mark.parametrize("k", [1, 2, 7, 23, 24])
+def test_what_is_raised_after_a_bad_step_is_that_steps_doing(k):
+    faulty = Planted(FAULTS["nan loss"][0], k), Planted(FAULTS["nan loss"][0], k)
+    trace = trace_of(task_of(lambda: Checked(6, 2), faulty[0]))
+    unchecked = trace_of(task_of(lambda: nn.Linear(6, 2), faulty[1]))
+    assert trace.first_bad == k
+    assert bits(trace) == bits(unchecked)
+    assert trace.steps_run == faulty[0].calls
+
+
+def enough(*_):
+    raise ValueError("enough")
+
+
+ON_BAD_VALUES = {
+    "a mean of nan": lambda loss, output: Normal(output * math.nan, 1.0).log_prob(output).mean() + loss,
+    "one of three parameters": lambda loss, output: StudentT(output.exp(), output * math.nan, 1.0).mean.sum() + loss,
+    "a decomposition": lambda loss, output: torch.linalg.eigh(output.T @ output * math.nan)[0].sum() + loss,
+    "of infinities": lambda loss, output: torch.linalg.eigh(output.T @ output * math.inf)[0].sum() + loss,
+}
+ON_OTHERS = {
+    "a condition": enough,
+    "the size of a parameter": lambda loss, output: Normal(output, -output.exp()).mean.sum() + loss,
+    "long after a nan": lambda loss, output: enough(loss * math.nan, *(output.exp() for _ in range(LAST))),
+    "after a mask": lambda loss, output: enough(
+        loss, output.masked_fill(torch.tensor([True, False]), -math.inf).softmax(1)
+    ),
+}
+
+
+@pytest.mark.parametrize("k", [1, 5, 24])
+@pytest.mark.parametrize("raising", ON_BAD_VALUES.values(), ids=ON_BAD_VALUES)
+def test_what_is_raised_on_a_bad_value_makes_a_bad_step(raising, k):
+    def again(output, target):  # a step that raised is made once more
+        planted.calls -= planted.calls >= k
+        return planted(output, target)
+
+    planted = Planted(raising, k)
+    trace = trace_of(task_of(lambda: nn.Linear(6, 2), again))
+    assert trace.first_bad == trace.steps == k
+    assert math.isnan(trace.loss[-1])
+    assert np.isfinite(trace.loss[:-1]).all()
+
+
+@pytest.mark.parametrize("raising", ON_OTHERS.values(), ids=ON_OTHERS)
+def test_what_is_raised_on_something_else_is_an_error(raising):
+    def again(output, target):
+        planted.calls -= planted.calls >= 5
+        return planted(output, target)
+
+    planted = Planted(raising, 5)
+    assert outcome_of(task_of(lambda: nn.Linear(6, 2), again)).error.startswith("ValueError: ")
 
 
 @pytest.mark.parametrize("k", [1, 4, 9])

@@ -18,7 +18,8 @@ LARGE = 1e6  # a base that is itself exploding: squares of smaller numbers are f
 HALF = ("float16", "bfloat16")
 
 DIVISIONS = ("div", "divide", "true_divide", "floor_divide", "reciprocal", "rsqrt", "remainder", "fmod", "addcdiv")
-LOGS = ("log", "log2", "log10", "log1p", "xlogy", "xlog1py", "logit", "special_xlog1py", "special_entr")
+WEIGHTED_LOGS = ("xlogy", "xlog1py", "special_xlog1py")  # the weight comes first, then what the log is taken of
+LOGS = ("log", "log2", "log10", "log1p", "logit", "special_entr", *WEIGHTED_LOGS)
 EXPONENTIALS = ("exp", "exp2", "expm1", "cosh", "sinh", "logaddexp", "special_i0")
 DOMAINS = ("sqrt", "rsqrt", "acos", "asin", "acosh", "atanh", "erfinv", "lgamma", "digamma", "tan")
 SPREADS = ("std", "var", "std_mean", "var_mean")
@@ -76,6 +77,10 @@ def _of_derivative(event: Event) -> str:
 
 def _of_values(event: Event) -> str:
     op, value = event.spot.op, event.witness[0] if event.witness else _extreme(event)
+    if op in WEIGHTED_LOGS and len(event.witness) == 2:
+        value = event.witness[1]
+    if event.writes_nan:
+        return "domain_error"
     if _is_empty(event):
         return "empty_reduction"
     if op in LOGS:

@@ -12,7 +12,7 @@ from recipefuzz.diagnose.explosions import Health, explosion
 from recipefuzz.diagnose.patch import Mended
 from recipefuzz.diagnose.patient import Patient
 from recipefuzz.diagnose.replay import Failure, first_failure
-from recipefuzz.diagnose.roots import root_of
+from recipefuzz.diagnose.roots import root_of, sound_before
 from recipefuzz.diagnosis import Diagnosis, Fix, Root
 from recipefuzz.engines.job import Outcome
 from recipefuzz.targets.non_finite import NonFinite
@@ -80,7 +80,7 @@ def _explained(patient: Patient, failure: Failure, health: Health) -> Diagnosis:
         mended = patient.converges(_without_bad_rows(patient.task))
     elif failure.origin.event is not None:
         mended = _with_line_mended(patient, failure)
-        if health.exploded or not (mended or health.sound) or patient.recipe.precision != "fp32":
+        if not (mended or sound_before(cause, health)) or health.exploded or patient.recipe.precision != "fp32":
             fixes = _recipe_fixes(patient)
     remedied = any(f.verdict == Label.CONVERGING or (health.exploded and f.verdict != Label.NAN) for f in fixes)
     root = root_of(cause, health, mended=mended, remedied=remedied, in_half=patient.recipe.precision != "fp32")
@@ -143,10 +143,11 @@ def diagnosis_of(
                 wording.happened(origin, cause, failure.step, failure.symptom, failure.rows),
                 wording.health_words(health),
                 *([wording.MENDED[cause == "data_nonfinite"]] if mended else []),
+                *([f"then the code raised {failure.raised}"] if failure.raised else []),
             ]
         ),
         evidence={**vars(health), "symptom": failure.symptom, "mended": mended},
         chain=tuple(wording.place(e) for e in origin.chain),
-        advice=wording.ADVICE.get(cause, "") if root is not Root.RECIPE else "",
+        advice=wording.advice(cause, event) if root is not Root.RECIPE else "",
         fixes=fixes,
     )

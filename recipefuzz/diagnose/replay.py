@@ -18,6 +18,7 @@ from recipefuzz.diagnose.tensors import is_finite, tensors
 from recipefuzz.diagnose.watching import Watch
 from recipefuzz.engines import prepare
 from recipefuzz.engines.sequential import Stepper, flushed_denormals, one_thread, with_own_loss
+from recipefuzz.errors import RAISED, describe_exception
 from recipefuzz.recipe import Recipe
 from recipefuzz.targets.seeding import seeded, undisturbed
 from recipefuzz.targets.task import Rows, Task
@@ -32,9 +33,10 @@ class Failure:
 
     Attributes:
         step: counted from 1.
-        symptom: what was found not finite: "loss", "gradient of NAME", "parameter NAME".
+        symptom: what was found not finite: "loss", "gradient of NAME", "parameter NAME", "what was raised on".
         rows: indices of the training rows in its batch.
         recurrent: whether the model applies one weight many times in a step.
+        raised: the exception that the step ended with, in one line; empty where it did not raise.
     """
 
     step: int
@@ -42,6 +44,7 @@ class Failure:
     origin: Origin
     rows: tuple[int, ...]
     recurrent: bool
+    raised: str = ""
 
 
 class Replay:
@@ -88,7 +91,8 @@ class Replay:
         (batch,) = self._order.draw(1, self._rows.index_device)
         self.done += 1
         x, y = self._rows.take(batch)
-        return watched_step(self.model, lambda: self.stepper.step(x, y), x, y, self.done, tuple(batch.tolist()))
+        rows = tuple(batch.tolist())
+        return watched_step(self.model, lambda: self.stepper.step(x, y), x, y, self.done, rows, may_raise=True)
 
     def loss_and_gradients(self, batch: Tensor) -> Tensor:
         """Forward and backward pass on some rows, without an update; the loss, a scalar on the device."""
@@ -106,7 +110,14 @@ class Replay:
 
 
 def watched_step(
-    model: nn.Module, step: Callable[[], Tensor], x: Any, y: Any, number: int, rows: tuple[int, ...] = ()
+    model: nn.Module,
+    step: Callable[[], Tensor],
+    x: Any,
+    y: Any,
+    number: int,
+    rows: tuple[int, ...] = (),
+    *,
+    may_raise: bool = False,
 ) -> Failure | None:
     """Make one training step with every operation watched.
 
@@ -114,6 +125,10 @@ def watched_step(
         step: makes the step on the batch x, y; returns the loss.
         number: of the step, for the result.
         rows: which training rows the batch is made of, for the result.
+        may_raise: take what the step raises for a failure, too, where something not finite had been made before.
+
+    Raises:
+        Exception: whatever else the step raises.
     """
     watch = Watch(model)
     for name, value in (("x", x), ("y", y)):
@@ -121,14 +136,21 @@ def watched_step(
             watch.name(tensor, name)
     for name, tensor in state_of(model):
         watch.name(tensor, name)
+    raised = ""
     with watch.active():
-        loss = step()
-    found = _symptom(watch, model, loss)
+        try:
+            loss = step()
+        except RAISED as error:
+            found, raised = _raised_on(watch) if may_raise else None, describe_exception(error)
+            if found is None:
+                raise
+        else:
+            found = _symptom(watch, model, loss)
     if found is None:
         return None
     symptom, writers = found
     origin = origin_of(watch.events, writers)
-    return None if origin is None else Failure(number, symptom, origin, rows, watch.recurrent)
+    return None if origin is None else Failure(number, symptom, origin, rows, watch.recurrent, raised)
 
 
 def _symptom(watch: Watch, model: nn.Module, loss: Tensor) -> tuple[str, tuple[int, ...]] | None:
@@ -143,6 +165,12 @@ def _symptom(watch: Watch, model: nn.Module, loss: Tensor) -> tuple[str, tuple[i
         if not is_finite(tensor) and (writers := watch.writers_of(tensor)):
             return name, writers
     return None
+
+
+def _raised_on(watch: Watch) -> tuple[str, tuple[int, ...]] | None:
+    """What was not finite when the step raised: the last that was made, infinities that were meant aside."""
+    last = next((event.index for event in reversed(watch.events) if not event.meant), None)
+    return None if last is None else ("what was raised on", (last,))
 
 
 def state_of(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -29,4 +29,13 @@ def root_of(cause: str, health: Health, *, mended: bool | None, remedied: bool, 
         return Root.RECIPE if in_half else Root.CODE
     if not remedied:
         return Root.CODE
-    return Root.RECIPE if health.exploded or not (mended or health.sound) else Root.CODE
+    return Root.RECIPE if health.exploded or not (mended or sound_before(cause, health)) else Root.CODE
+
+
+def sound_before(cause: str, health: Health) -> bool:
+    """Whether the recipe had done well until then.
+
+    An `exp` is regular everywhere: one that overflows before any update got an exponent as large as the inputs and the
+    initial weights made it, which tells nothing good of the recipe.
+    """
+    return health.sound and not (cause == "exp_overflow" and health.step == 1)

@@ -14,7 +14,7 @@ from recipefuzz.verdict import VANISHED, Label
 CODE = (
     "train on ten rows until they are known by heart, and look at: a graph cut by detach(), .data, .item() or "
     "no_grad(); rows and targets in different orders; a loss or softmax along the wrong dimension, or shapes that "
-    "broadcast; an output that is clamped or rounded; a backward pass of your own"
+    "broadcast; an average over the rows of a batch; an output that is clamped or rounded; a backward pass of your own"
 )
 DEAF = "these weights get no gradient: look for detach(), .data, no_grad(), argmax or rounding after them"
 UPHILL = "the backward pass disagrees with the forward pass: check every autograd.Function and hook with gradcheck"
@@ -52,6 +52,10 @@ def _gradient_words(start: Signals) -> str:
         )
     if start.unreached:
         return f"{len(start.unreached)} of {len(start.weights)} weights get no gradient at all"
+    if start.weights and all(w.gradient == 0 for w in start.weights):
+        return "every weight's gradient is exactly 0 from the start"
+    if start.spread == 0:
+        return "the output is the same for every row from the start"
     return "no single fault was seen in activations and gradients"
 
 

@@ -61,7 +61,9 @@ def stalled(patient: Patient, outcome: Outcome) -> Diagnosis:
         learnt=learnt is None or learnt.works,
         mended=case.mended,
         related=case.related,
-        generalizes=case.related >= SOME or not case.mended or _generalizes(patient, fixes[0]),
+        generalizes=case.related >= SOME
+        or not case.mended
+        or any(_generalizes(patient, fix) for fix in witnesses(fixes)),
         broken=any(present(found.start) for present in SIGNS.values()),
     )
     if root is Root.RECIPE:
@@ -157,6 +159,15 @@ def to_the_point(cause: str, fixes: tuple[Fix, ...]) -> tuple[Fix, ...]:
     does not remove it.
     """
     return tuple(sorted(fixes, key=lambda fix: (*remedies.rank(fix), not turns(cause, fix.values))))
+
+
+def witnesses(fixes: tuple[Fix, ...]) -> list[Fix]:
+    """Runs that can tell what held-out rows say: the smallest change that converges, and the one that learned most.
+
+    The smallest is often close to where training fails, and as bad on held-out rows as that.
+    """
+    most = max(fixes, key=lambda fix: (fix.verdict == Label.CONVERGING, fix.skill or 0.0))
+    return [fixes[0], most] if most is not fixes[0] else [most]
 
 
 def _generalizes(patient: Patient, fix: Fix) -> bool:

@@ -97,6 +97,11 @@ class Event:
         return any(r.nans for r in self.results)
 
     @property
+    def writes_nan(self) -> bool:
+        """Whether it puts a NaN there that the code names, as `torch.logdet` does for a negative determinant."""
+        return self.makes_nan and (not self.operands or any(map(math.isnan, self.scalars)))
+
+    @property
     def produces(self) -> bool:
         """Whether nothing but meant infinities went in."""
         return not self.meant and all(o.stats.finite or o.meant for o in self.operands)

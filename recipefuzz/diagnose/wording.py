@@ -11,8 +11,9 @@ from recipefuzz.diagnose.watching import Event
 ADVICE = {
     "data_nonfinite": "drop or fill those rows where the data are loaded",
     "division_by_zero": "keep the divisor away from zero: add an epsilon (x / (d + 1e-8)), or clamp it",
-    "log_of_zero": "give the loss logits instead (cross_entropy, log_softmax, binary_cross_entropy_with_logits), or "
-    "clamp the argument: torch.log(p.clamp(min=1e-7))",
+    "log_of_zero": "clamp the argument: torch.log(p.clamp(min=1e-7)); better, of probabilities give the loss logits "
+    "(cross_entropy, log_softmax, binary_cross_entropy_with_logits), of a sum of densities take logsumexp, and make a "
+    "rate or a variance positive by softplus(z) + 1e-6, not by a relu",
     "log_of_negative": "the argument must be positive: make it so with softplus or exp, or clamp it",
     "sqrt_gradient_at_zero": "its derivative is infinite there: add an epsilon inside, as in torch.sqrt(x + 1e-8), or "
     "keep the argument off the edge with clamp; torch.where afterwards does not help, since 0 * inf is NaN",
@@ -30,11 +31,41 @@ ADVICE = {
     "bfloat16",
 }
 
+DECOMPOSITIONS = ("linalg_eigh", "linalg_eig", "linalg_svd")
+ADVICE_OF_VECTORS = (
+    "vectors of equal eigenvalues or singular values have no derivative: tell these apart (add a small diagonal of "
+    "different numbers, such as 1e-4 * torch.arange(n).diag()), or use the values alone (torch.linalg.eigvalsh)"
+)
+ADVICE_OF_XLOGY = (
+    "a weight other than 0 times the log of 0: keep a rate or probability above 0 (softplus(z) + 1e-6, no relu), and "
+    "the targets of a density off its edge (y.clamp(1e-6, 1 - 1e-6) under a Beta, y.clamp(min=1e-6) under a Gamma)"
+)
+ADVICE_OF_NAN = (
+    "a NaN is written there, not computed: torch.logdet gives it for a negative determinant "
+    "(torch.linalg.slogdet(w).logabsdet), else the code fills it in"
+)
+IN_HALF = "; in float16 an epsilon below 6e-8 is 0: take 1e-4, or compute this in float32"
+
 ADVICE_FOR_RECIPE = "lower the learning rate, clip the gradient's norm, or scale inputs and initial weights down"
 MENDED = {  # by whether it was the data
     True: "without those rows the same recipe converges",
     False: "with this operation kept off its singular point, the same recipe converges",
 }
+
+
+def advice(cause: str, event: Event | None) -> str:
+    """What to change in code or data; empty for the causes that are the recipe's."""
+    if cause not in ADVICE or event is None:
+        return ADVICE.get(cause, "")
+    op = event.forward.op if event.forward else event.spot.op
+    if cause == "sqrt_gradient_at_zero" and op in DECOMPOSITIONS:
+        return ADVICE_OF_VECTORS
+    if cause == "log_of_zero" and op == "xlogy":
+        return ADVICE_OF_XLOGY
+    if event.writes_nan:
+        return ADVICE_OF_NAN
+    advises_epsilon = cause in ("division_by_zero", "sqrt_gradient_at_zero", "log_of_zero")
+    return ADVICE[cause] + (IN_HALF if advises_epsilon and any(r.dtype == "float16" for r in event.results) else "")
 
 
 def place(event: Event) -> str:
@@ -52,7 +83,8 @@ def happened(origin: Origin, cause: str, step: int, symptom: str, rows: tuple[in
     if event is None:
         return f"step {step}: {symptom} is not finite; it came in with {origin.outside}"
     given = "; ".join(str(o.stats) for o in event.operands[:3])
-    text = f"step {step}: {place(event)} gave {_what(event)}, given {given or 'no tensor'}"
+    text = f"step {step}: {place(event)} gave {_what(event)}"
+    text += f", given {given}" if given else ", which was written there, not computed"
     if event.witness:
         text += f" (at the first bad element: {', '.join(f'{w:.4g}' for w in event.witness)})"
     touched = training_rows(event, rows)

@@ -40,6 +40,10 @@ class Recorder:
         self._rows.append(torch.stack([n.float() for n in numbers]))
         self._flat, self._sizes = after, self._norms(after)
 
+    def all_finite(self) -> bool:
+        """Whether no step since was bad. Reads the device."""
+        return not self._rows or not bool(with_bad_flag(torch.stack(self._rows))[:, -1].any())
+
     def take(self) -> Tensor:
         """All steps since: loss; norms of gradient, update, weights' change, weights, parameters; bad?: (steps, 7)."""
         rows = torch.stack(self._rows)

@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,7 @@ from recipefuzz.engines import prepare
 from recipefuzz.engines.baselines import Baselines
 from recipefuzz.engines.job import Job, Outcome
 from recipefuzz.engines.loss_scaling import LossScaler
+from recipefuzz.engines.raising import raises_on_bad_values
 from recipefuzz.engines.recorder import Recorder
 from recipefuzz.errors import RAISED, describe_exception
 from recipefuzz.recipe import Recipe
@@ -57,6 +59,11 @@ class Stepper:
         self.recorder.add(loss.detach(), self._backward_and_update(loss))
         self._done += 1
         return loss.detach()
+
+    def give_up(self) -> None:
+        """Record a step that came to nothing as one that was not finite."""
+        nothing = torch.tensor(torch.nan, device=self.device)
+        self.recorder.add(nothing, nothing)
 
     def _backward_and_update(self, loss: Tensor) -> Tensor:
         """Backward pass, clipping, update; the gradient's L2 norm before clipping, a scalar on the device."""
@@ -112,17 +119,29 @@ def train(
 
 
 def _chunk(task: Task, stepper: Stepper, rows: Rows, batches: Tensor, constant: Constant) -> Floats:
-    """Train on some batches, (steps, batch); read the device once. Columns as in `Trace.extended`."""
+    """Train on some batches, (steps, batch); read the device once. Columns as in `Trace.extended`.
+
+    What is raised after a step that was not finite is that step's doing, and what is raised on a value that is not
+    finite makes a step that is not. The chunk then ends there.
+    """
     known = constant.of_rows(batches)
     constants = []
     for batch in batches:
         x, y = rows.take(batch)
-        stepper.step(x, y)
+        try:
+            stepper.step(x, y)
+        except RAISED as error:
+            if stepper.recorder.all_finite():
+                if is_lack_of_memory(error) or not raises_on_bad_values(partial(stepper.step, x, y)):
+                    raise
+                stepper.give_up()
+                constants.append(torch.tensor(torch.nan))
+            break
         if known is None:
             with undisturbed(stepper.device):
                 constants.append(constant.of_targets(task, y, len(batch)).float())
     numbers = stepper.recorder.take()
-    column = (torch.stack(constants) if known is None else known)[:, None].to(numbers.device)
+    column = (torch.stack(constants) if known is None else known[: len(numbers)])[:, None].to(numbers.device)
     return torch.cat([numbers[:, :1], column, numbers[:, 1:]], dim=1).cpu().numpy().astype(np.float64)
 
 

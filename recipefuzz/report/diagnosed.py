@@ -12,6 +12,7 @@ from recipefuzz.diagnosis import Diagnosis, Fix, Root
 from recipefuzz.recipe import Recipe, Scalar, shown
 from recipefuzz.verdict import Label
 
+LONGEST = 32  # operations of a loop's body that is told once
 SHOWN = 3  # changes of the recipe beside the recommended one
 STYLES: dict[str, str] = {Label.NAN: "bold red", Label.STALLED: "bold yellow", Label.CONVERGING: "bold green"}
 NAMES = {Root.RECIPE: "the recipe", Root.CODE: "a bug in the code", Root.DATA: "the data"}
@@ -50,7 +51,7 @@ def _head(found: Diagnosis) -> Text:
 
 def _rows(found: Diagnosis, threshold: str) -> list[tuple[str, str]]:
     where = [found.where, found.phase and f"in the {found.phase}", found.module and f"module {found.module}"]
-    route = " > ".join(step.split(" at ")[0] for step in found.chain)
+    route = _route([step.split(" at ")[0] for step in found.chain])
     return [
         ("where", ", ".join(w for w in where if w)),
         ("line", found.source),
@@ -61,15 +62,40 @@ def _rows(found: Diagnosis, threshold: str) -> list[tuple[str, str]]:
     ]
 
 
+def _route(steps: list[str]) -> str:
+    """Operations in their order; what a loop repeats is told once: "(mm > add) x 70 > addmm"."""
+    parts, at = [], 0
+    while at < len(steps):
+        spans = range(1, min(LONGEST, (len(steps) - at) // 2) + 1)
+        loops = [(n, times) for n in spans if (times := _repeats(steps, at, n)) > 1]
+        span, times = max(loops, key=lambda loop: (loop[0] * loop[1], -loop[0]), default=(1, 1))
+        turn = _route(steps[at : at + span]) if times > 1 else steps[at]
+        parts.append(turn if times == 1 else f"{turn} x {times}" if span == 1 else f"({turn}) x {times}")
+        at += span * times
+    return " > ".join(parts)
+
+
+def _repeats(steps: list[str], start: int, span: int) -> int:
+    """How many times in a row the steps of one turn come."""
+    end = start + span
+    while steps[end : end + span] == steps[start : start + span]:
+        end += span
+    return (end - start) // span
+
+
 def _mended(found: Diagnosis) -> list[tuple[str, str]]:
     if not found.cause:
         return []
     if found.root != Root.RECIPE:
-        return [("fix", f"no recipe fixes it: {found.advice}" if found.advice else "no recipe fixes it")]
+        where = "in the data" if found.root == Root.DATA else "in the code"
+        return [("fix", f"{where}: {found.advice}" if found.advice else f"{where}, not in the recipe")]
     if found.fix is None:
         text = f"none of {len(found.fixes)} changes of the recipe that were run converges on every seed"
         finite = [f for f in found.fixes if f.verdict != Label.NAN]
-        if found.verdict == Label.NAN and finite:
+        nearly = max(found.fixes, key=lambda f: f.converged / f.seeds, default=None)
+        if nearly and nearly.converged:
+            text += f"; the nearest: {_fix(nearly)}"
+        elif found.verdict == Label.NAN and finite:
             text += f"; {len(finite)} stay finite, the smallest: {finite[0].change}"
         return [("fix", text)]
     others = [f for f in found.fixes if f.works and f is not found.fix][:SHOWN]

@@ -139,7 +139,7 @@ def _fix(bucket: Bucket) -> str:
     if found is None or not found.cause:
         return ""
     if found.root != Root.RECIPE:
-        return f"no recipe fixes it: {found.advice}" if found.advice else ""
+        return f"in the {found.root}: {found.advice}" if found.advice else ""
     fix = found.fix
     return f"{fix.change} ({fix.converged} of {fix.seeds} seeds converge)" if fix else ""
 
