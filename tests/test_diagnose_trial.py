@@ -545,6 +545,15 @@ def test_a_change_that_can_not_be_run_is_left_out():
     assert fixes[0].seeds == 3
 
 
+@pytest.mark.parametrize(("skill", "kept"), [(1e6, ["lr"]), (1.5, ["lr", "target_norm"])])
+def test_a_loss_that_falls_for_ever_on_scaled_targets_is_no_fix(monkeypatch, skill, kept):
+    """Of counts that have become negative a Poisson likelihood does; a Gaussian one may gain much."""
+    monkeypatch.setattr(remedies, "skill_at_end", lambda *_: skill)
+    changes = [LADDER[0], Remedy({"target_norm": "standardize"}, 2)]
+    fixes = remedies.tried(Recipe(), 0, changes, runner(lambda *_: True, []))
+    assert [name for f in fixes for name in f.values] == kept
+
+
 def test_further_seeds_are_run_of_the_smallest_that_work():
     many = [Remedy({"lr": 1.0 / size}, size) for size in range(1, 12)]
     fixes = remedies.tried(Recipe(), 0, many, runner(lambda *_: True, []))

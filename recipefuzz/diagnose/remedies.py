@@ -16,6 +16,7 @@ CONFIRMED = 6  # smallest working changes that are run on further seeds; the oth
 DOWN = (3.0, 10.0, 30.0, 100.0)
 SCALES = (3.0, 10.0, 100.0)
 CLIPS = (15.0, 10.0, 5.0, 1.0)
+UNBOUNDED = 100.0  # skill: a likelihood gains tens of nats a row over a constant, a loss that falls for ever any number
 Runner = Callable[[Sequence[Job]], Iterable[Outcome]]
 
 
@@ -124,15 +125,17 @@ def tried(
 ) -> tuple[Fix, ...]:
     """Run every change, the smallest that converge on further seeds; those that work come first, smallest first.
 
-    A change that can't be run (a normalization that the model has no place for) is left out.
+    Left out is a change that can't be run (a normalization that the model has no place for), and one that scales the
+    targets for a loss that was not made for that: of counts that have become negative it falls for ever.
 
     Args:
         expected: changes that the cause which is suspected asks for: their smallest is among those that are confirmed.
     """
     ordered = sorted(remedies, key=lambda r: r.size)
     first = _run(recipe, ordered, [seed], run)
-    fixes = [_fix(recipe, remedy, first[i]) for i, remedy in enumerate(ordered) if i in first]
-    kept = [remedy for i, remedy in enumerate(ordered) if i in first]
+    pairs = [(remedy, _fix(recipe, remedy, first[i])) for i, remedy in enumerate(ordered) if i in first]
+    pairs = [(remedy, fix) for remedy, fix in pairs if not _falls_for_ever(fix)]
+    kept, fixes = [remedy for remedy, _ in pairs], [fix for _, fix in pairs]
     converging = [i for i, fix in enumerate(fixes) if fix.verdict == Label.CONVERGING]
     asked_for = [i for i in converging if expected(kept[i])][:1]
     working = [*asked_for, *(i for i in converging if i not in asked_for)][:CONFIRMED]
@@ -164,6 +167,10 @@ def _run(recipe: Recipe, remedies: Sequence[Remedy], seeds: Iterable[int], run: 
         if outcome.verdict is not None:
             found.setdefault(outcome.job.key, []).append(outcome)
     return found
+
+
+def _falls_for_ever(fix: Fix) -> bool:
+    return "target_norm" in fix.values and fix.skill is not None and fix.skill > UNBOUNDED
 
 
 def _fix(recipe: Recipe, remedy: Remedy, outcomes: Sequence[Outcome]) -> Fix:
