@@ -11,9 +11,8 @@ from recipefuzz.diagnose.watching import Event
 ADVICE = {
     "data_nonfinite": "drop or fill those rows where the data are loaded",
     "division_by_zero": "keep the divisor away from zero: add an epsilon (x / (d + 1e-8)), or clamp it",
-    "log_of_zero": "clamp the argument: torch.log(p.clamp(min=1e-7)); better, of probabilities give the loss logits "
-    "(cross_entropy, log_softmax, binary_cross_entropy_with_logits), of a sum of densities take logsumexp, and make a "
-    "rate or a variance positive by softplus(z) + 1e-6, not by a relu",
+    "log_of_zero": "keep the argument above zero: make a rate or a variance positive by softplus(z) + 1e-6, not by a "
+    "relu; take logsumexp for the log of a sum of densities; or clamp it: torch.log(x.clamp(min=1e-7))",
     "log_of_negative": "the argument must be positive: make it so with softplus or exp, or clamp it",
     "sqrt_gradient_at_zero": "its derivative is infinite there: add an epsilon inside, as in torch.sqrt(x + 1e-8), or "
     "keep the argument off the edge with clamp; torch.where afterwards does not help, since 0 * inf is NaN",
@@ -35,6 +34,10 @@ DECOMPOSITIONS = ("linalg_eigh", "linalg_eig", "linalg_svd")
 ADVICE_OF_VECTORS = (
     "vectors of equal eigenvalues or singular values have no derivative: tell these apart (add a small diagonal of "
     "different numbers, such as 1e-4 * torch.arange(n).diag()), or use the values alone (torch.linalg.eigvalsh)"
+)
+ADVICE_OF_PROBABILITIES = (
+    "give the loss logits instead (cross_entropy, log_softmax, binary_cross_entropy_with_logits), or clamp the "
+    "argument: torch.log(p.clamp(min=1e-7))"
 )
 ADVICE_OF_XLOGY = (
     "a weight other than 0 times the log of 0: keep a rate or probability above 0 (softplus(z) + 1e-6, no relu), and "
@@ -65,7 +68,9 @@ def advice(cause: str, event: Event | None) -> str:
     if event.writes_nan:
         return ADVICE_OF_NAN
     advises_epsilon = cause in ("division_by_zero", "sqrt_gradient_at_zero", "log_of_zero")
-    return ADVICE[cause] + (IN_HALF if advises_epsilon and any(r.dtype == "float16" for r in event.results) else "")
+    probabilities = cause == "log_of_zero" and all(0 <= o.stats.low <= o.stats.high <= 1 for o in event.operands)
+    text = ADVICE_OF_PROBABILITIES if probabilities else ADVICE[cause]
+    return text + (IN_HALF if advises_epsilon and any(r.dtype == "float16" for r in event.results) else "")
 
 
 def place(event: Event) -> str:

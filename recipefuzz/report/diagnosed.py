@@ -83,12 +83,16 @@ def _repeats(steps: list[str], start: int, span: int) -> int:
     return (end - start) // span
 
 
+def elsewhere(found: Diagnosis) -> str:
+    """What mends a failure that is not the recipe's."""
+    return f"no recipe fixes it; in the {found.root}: {found.advice}" if found.advice else "no recipe fixes it"
+
+
 def _mended(found: Diagnosis) -> list[tuple[str, str]]:
     if not found.cause:
         return []
     if found.root != Root.RECIPE:
-        where = "in the data" if found.root == Root.DATA else "in the code"
-        return [("fix", f"{where}: {found.advice}" if found.advice else f"{where}, not in the recipe")]
+        return [("fix", elsewhere(found))]
     if found.fix is None:
         text = f"none of {len(found.fixes)} changes of the recipe that were run converges on every seed"
         finite = [f for f in found.fixes if f.verdict != Label.NAN]

@@ -19,6 +19,7 @@ from recipefuzz.diagnosis import Diagnosis, Root
 from recipefuzz.peak import Peak
 from recipefuzz.ranking import Ranked
 from recipefuzz.recipe import shown
+from recipefuzz.report.diagnosed import elsewhere
 from recipefuzz.report.failures import Bucket, buckets
 from recipefuzz.report.grid_map import grid_map
 from recipefuzz.report.picture import picture, sparkline
@@ -139,7 +140,7 @@ def _fix(bucket: Bucket) -> str:
     if found is None or not found.cause:
         return ""
     if found.root != Root.RECIPE:
-        return f"in the {found.root}: {found.advice}" if found.advice else ""
+        return elsewhere(found)
     fix = found.fix
     return f"{fix.change} ({fix.converged} of {fix.seeds} seeds converge)" if fix else ""
 
