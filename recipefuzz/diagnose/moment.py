@@ -38,6 +38,7 @@ class Moment:
 
     Args:
         outermost: the function whose callers are of no interest.
+        held: what is to be let go of when a step begins.
 
     Attributes:
         backwards: backward passes since the first of them.
@@ -47,13 +48,15 @@ class Moment:
         drew_anew: a replay drew random numbers that are not those of the step: their state had not been kept.
     """
 
-    def __init__(self, model: nn.Module, parameters: list[Tensor], outermost: FrameType | None) -> None:
+    def __init__(
+        self, model: nn.Module, parameters: list[Tensor], outermost: FrameType | None, held: list[Tensor]
+    ) -> None:
         self.backwards = 0
         self.over = True
         self.parameters = parameters
         self.asks = self.drew_anew = False
         self._forwards: list[tuple[Any, ...]] = []
-        self._outermost = outermost
+        self._outermost, self._held = outermost, held
         self._device = parameters[0].device if parameters else torch.device("cpu")
         self._on_cuda = self._device.type == "cuda"
         self._model = model
@@ -70,6 +73,7 @@ class Moment:
         """A forward pass begins, called from a frame; the first after a backward pass begins another step."""
         if self.over:
             self.over, self.backwards, self._forwards = False, 0, []
+            self._held.clear()
             self.asks = not self._draws and self._steps % DRAWS_AT == 0
             self._steps += 1
             for buffer in self._buffers.copied:
@@ -86,6 +90,7 @@ class Moment:
 
     def forget(self) -> None:
         self._forwards, self._outermost = [], None
+        self._held.clear()
 
     def random(self) -> tuple[Tensor, ...]:
         """The state of the random generators that the model draws from."""

@@ -77,8 +77,8 @@ class LoopWatch:
         parameters = {id(p): p for g in self._optimizer.param_groups for p in g["params"]}
         parameters |= {id(p): p for p in self._model.parameters()}
         self._frame = steady(sys._getframe(1))
-        self._moment = Moment(self._model, list(parameters.values()), self._frame)
         self._history = History(list(parameters.values()))
+        self._moment = Moment(self._model, list(parameters.values()), self._frame, self._history.held)
         self._call = _WatchedCall(self._model, self._moment)
         self._hooks.enter_context(self._call)
         self._hooks.callback(self._optimizer.register_step_pre_hook(self._before_step).remove)
