@@ -11,6 +11,7 @@ from pathlib import Path
 
 PACKAGE = str(Path(__file__).parent)
 RAISED = (Exception, SystemExit)  # what a user's code may raise: a script's sys.exit() too, but Ctrl-C is the user's
+PROMPTS = ("<ipython-input-", "<python-input-")  # their source is kept, as a file's is
 STANDARD_LIBRARY = str(Path(traceback.__file__).parent)
 
 LONGEST = 2000  # characters of a line of a message: a key of a megabyte helps nobody
@@ -173,7 +174,7 @@ def describe_exception(error: BaseException) -> str:
 def is_users(filename: str) -> bool:
     """Whether a file is neither ours, nor an installed package's, nor Python's."""
     inside = any(Path(filename).is_relative_to(folder) for folder in (PACKAGE, STANDARD_LIBRARY))
-    return not (_is_installed(filename) or inside or filename.startswith("<"))
+    return filename.startswith(PROMPTS) or not (_is_installed(filename) or inside or filename.startswith("<"))
 
 
 def _is_installed(filename: str) -> bool:

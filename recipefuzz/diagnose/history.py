@@ -8,11 +8,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 from torch import _amp_foreach_non_finite_check_and_unscale_ as _check
+from torch.nn.parameter import is_lazy
 
 from recipefuzz.diagnose.explosions import Health
 from recipefuzz.diagnose.tensors import is_finite
 from recipefuzz.trace import LEAST_NORM
 
+NORMED = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # numbers that torch has a norm of
 SMALL = 16384  # elements of a gradient, from which on a sum takes less time than its part of the one call, here
 
 
@@ -28,19 +30,28 @@ class History:
     Attributes:
         held: the small gradients that were read last. Asking a parameter for its gradient makes a Python object; while
             these live, the optimizer finds its own made, which saves what reading cost.
+        waits: whether some of them get their shapes in the first forward pass.
     """
 
     def __init__(self, parameters: Sequence[Tensor]) -> None:
-        self._parameters = parameters
-        self._weight = self._parameter_norm()
         self._first_loss: float | None = None
         self._loss = math.nan
         self._loss_is_bad = False
-        self._small = [p for p in parameters if p.numel() <= SMALL]
-        self._large = [p for p in parameters if p.numel() > SMALL]
-        self._on_cpu = all(p.device.type == "cpu" for p in parameters)
         self.held: list[Tensor] = []
-        self._found, self._one = torch.zeros(()), torch.ones(())
+        self._found, self._one = (torch.tensor(v, dtype=torch.float32, device="cpu") for v in (0.0, 1.0))
+        self.follow(parameters)
+
+    def follow(self, parameters: Sequence[Tensor]) -> None:
+        """Read those gradients from now on; the weights are compared with what they are now."""
+        self._parameters = parameters
+        self._present = [p for p in parameters if not (is_lazy(p) or p.is_meta)]
+        self.waits = len(self._present) < len(parameters)
+        self._weight = self._parameter_norm()
+        self._sound = [p for p in self._present if is_finite(p.detach())]
+        self._small = [p for p in self._present if p.numel() <= SMALL]
+        small = {id(p) for p in self._small}
+        self._large = [p for p in parameters if id(p) not in small]
+        self._on_cpu = all(p.device.type == "cpu" for p in self._present)
 
     def add(self, loss: Tensor | None) -> bool:
         """Whether a step's loss and gradients are finite. The hot path of every watched step, so all is in one place.
@@ -95,10 +106,11 @@ class History:
         return self._loss_is_bad or self.gradients_are_bad()
 
     def parameters_are_bad(self) -> bool:
-        return any(not is_finite(p.detach()) for p in self._parameters)
+        """But for those that were when the watch began: a mask of -inf."""
+        return any(not is_finite(p.detach()) for p in self._sound)
 
     def _parameter_norm(self) -> float:
-        return math.hypot(*(float(p.detach().norm()) for p in self._parameters if p.is_floating_point()))
+        return math.hypot(*(float(p.detach().norm()) for p in self._present if p.dtype in NORMED))
 
     def health(self, step: int) -> Health:
         """How training was before a step; the weights are as that step found them."""

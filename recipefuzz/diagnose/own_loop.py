@@ -7,22 +7,26 @@ found is reported at the optimizer's step: a gradient scaler, or a loop with a c
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from functools import wraps
-from types import FrameType, TracebackType
+from functools import cache, wraps
+from threading import get_ident
+from types import CodeType, FrameType, TracebackType
 from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor, nn
+from torch._C import _current_graph_task_id as _graph_task
 from torch.autograd.graph import GradientEdge
 from torch.compiler import is_dynamo_compiling
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from recipefuzz.diagnose.history import History
 from recipefuzz.diagnose.moment import Moment
-from recipefuzz.diagnose.own_step import Stage, Step, diagnose, message
-from recipefuzz.diagnose.rerun import Calls, calls, steady, user_place
+from recipefuzz.diagnose.own_step import Aside, Stage, Step, diagnose, message
+from recipefuzz.diagnose.rerun import Calls, calls, is_user_frame, steady, user_place
 from recipefuzz.diagnosis import Diagnosis
 
 MODEL_FRAMES = 2  # from `_WatchedCall` to who calls the model: from torch 2.6 on the other is its own
@@ -30,6 +34,9 @@ PLACE = "_compiled_call_impl"  # of a module, which its copies and checkpoints d
 BACKWARD_FRAMES = 2  # from `_backward` to who calls the function that it stands behind
 NOTED = 16  # of so many of the optimizer's steps one is looked at where it is called: it's nearly always there
 UPDATE_DEPTH = 2  # frames from the optimizer's wrapper to the user's loop: a scheduler's
+TOLD = "_recipefuzz_tells"  # of what stands in the place of `torch.autograd.backward`: whom it tells
+NO_TASK = -1
+STEP_FRAMES = 3  # from `_before_step` to who calls the optimizer
 SKIPS = 30  # bad steps in a row that a gradient scaler may skip: after them its scale is 1e9 times smaller
 
 
@@ -65,24 +72,31 @@ class LoopWatch:
         self.diagnosis: Diagnosis | None = None
         self._model, self._optimizer, self._stop = model, optimizer, stop
         self._hooks = ExitStack()
-        self._stage: Stage | None = None
+        self._stage: Stage | Aside | None = None
         self._pending: Diagnosis | None = None
         self._skipped = 0
         self._in_closure = False
         self._backward_seen = False
         self._update: Calls = []
         self._frame: FrameType | None = None  # what calls it only waits: no step meets outside of it
+        self._thread = get_ident()
 
     def __enter__(self) -> Self:
-        parameters = {id(p): p for g in self._optimizer.param_groups for p in g["params"]}
-        parameters |= {id(p): p for p in self._model.parameters()}
-        self._frame = steady(sys._getframe(1))
-        self._history = History(list(parameters.values()))
-        self._moment = Moment(self._model, list(parameters.values()), self._frame, self._history.held)
+        frame = sys._getframe(1)
+        self._frame, self._home = steady(frame), _home(frame)
+        self._thread = get_ident()
+        self._members = self._members_now()
+        parameters = self._parameters()
+        self._history = History(parameters)
+        self._moment = Moment(self._model, parameters, self._frame, self._history.held)
         self._call = _WatchedCall(self._model, self._moment)
-        self._hooks.enter_context(self._call)
-        self._hooks.callback(self._optimizer.register_step_pre_hook(self._before_step).remove)
-        self._hooks.enter_context(_after_backward(self._backward))
+        with ExitStack() as hooks:
+            hooks.enter_context(self._call)
+            _tell_of_steps()
+            _watching[id(self)] = self
+            hooks.callback(_watching.pop, id(self))
+            hooks.enter_context(_after_backward(self._backward))
+            self._hooks = hooks.pop_all()
         return self
 
     def __exit__(
@@ -90,17 +104,28 @@ class LoopWatch:
     ) -> Literal[False]:
         with self._hooks:
             if kind is None and self.diagnosis is None and self._history.parameters_are_bad():
-                self._report(self._find(None, "a parameter"))
-        self._moment.forget()
+                self._report(self._pending or self._find(None, "a parameter"))
+        self._moment.end()
         self._frame = None
         return False
 
+    def _members_now(self) -> dict[Tensor, None]:
+        """What the optimizer steps; of a wrapper that has no groups of its own, the model's parameters."""
+        return _members(self._optimizer) or dict.fromkeys(self._model.parameters())
+
+    def _parameters(self) -> list[Tensor]:
+        return list({id(p): p for p in (*self._members, *self._model.parameters())}.values())
+
     def _backward(self, loss: Tensor | None) -> None:
         """A backward pass is over; gradients are not yet clipped, unscaled or applied."""
+        if (here := get_ident()) != self._thread and here != self._moment.thread:
+            return  # of another model, which another thread trains
         if self._stage is not None:
             self._stage.backward(loss)
         elif self.diagnosis is None:
             moment = self._moment
+            if moment.spent:  # a model that isn't called itself: its methods are, or its parts
+                moment.forget()
             moment.over = self._backward_seen = True
             moment.backwards += 1
             if moment.asks:
@@ -122,35 +147,72 @@ class LoopWatch:
         if self._in_closure or self._skipped >= SKIPS:
             self._report(self._pending)
 
+    def _steps_with(self, optimizer: torch.optim.Optimizer) -> bool:
+        """Whether another optimizer has taken the place of the watched one: made anew in the loop, or in a wrapper."""
+        if self._stage is not None or self._in_closure or not (self._backward_seen or self.diagnosis):
+            return False
+        if self._members.keys().isdisjoint(_members(optimizer)):
+            return False
+        self._optimizer = optimizer
+        return True
+
     def _before_step(self, optimizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if self._stage is None and self.diagnosis is None:
+        if self._stage is not None:
+            return
+        if self.diagnosis is None:
             if self.steps % NOTED == 0:
-                self._update = calls(sys._getframe(2), UPDATE_DEPTH, self._frame)
+                self._note(sys._getframe(STEP_FRAMES))
+            self._moment.spent = self._moment.over
             self._in_closure = len(args) > 1 or bool(kwargs)  # the first is the optimizer
-            if not (self._backward_seen or self._in_closure or self._history.add(None)):
-                self._bad(None)
+            if not (self._backward_seen or self._in_closure):
+                self._moment.over = True
+                if not self._history.add(None):
+                    self._bad(sys._getframe(STEP_FRAMES))
             if self._pending is not None and not _is_skipped(optimizer) and self._history.still_bad():
                 self._report(self._pending)
             self._backward_seen = False
         self.steps += 1
 
+    def _note(self, frame: FrameType) -> None:
+        """Where the optimizer's step is called, and parameters that it was given meanwhile."""
+        self._update = calls(frame, UPDATE_DEPTH, self._frame)
+        members = self._members_now()
+        if len(members) != len(self._members) or (not self.steps and self._history.waits):
+            self._members = members
+            self._moment.parameters = parameters = self._parameters()
+            self._history.follow(parameters)
+
     def _find(self, frame: FrameType | None, symptom: str) -> Diagnosis:
         model = getattr(self._model, "_orig_mod", self._model)  # of a compiled one
         number, optimizer = self.steps + (not self._in_closure), type(self._optimizer).__name__.lower()
-        rate = float(self._optimizer.param_groups[0]["lr"])
-        step = Step(model, self._moment, frame, number, optimizer, rate, user_place(self._update), self._staged)
+        groups = getattr(self._optimizer, "param_groups", None) or [{}]
+        rate = float(groups[0].get("lr", math.nan))
+        update = user_place(self._update)
+        step = Step(model, self._moment, frame, self._home, number, optimizer, rate, update, self._staged)
         return diagnose(step, self._history.health(number), symptom)
 
     @contextmanager
     def _staged(self, stage: Stage) -> Iterator[None]:
-        self._stage = self._call.stage = stage
+        beside = [w for w in _watching.values() if w is not self and w._is_here(get_ident())]
+        for watch in beside:
+            watch._set_stage(Aside())
+        self._set_stage(stage)
         try:
             yield
         finally:
-            self._stage = self._call.stage = None
+            for watch in (self, *beside):
+                watch._set_stage(None)
+
+    def _set_stage(self, stage: Stage | Aside | None) -> None:
+        self._stage = self._call.stage = stage
+
+    def _is_here(self, thread: int) -> bool:
+        return thread in (self._thread, self._moment.thread)
 
     def _report(self, found: Diagnosis) -> None:
         self.diagnosis = found
+        self._call.__exit__()
+        self._moment.forget()
         if self._stop:
             raise message(found)
 
@@ -165,24 +227,38 @@ class _WatchedCall:
     """
 
     def __init__(self, model: nn.Module, moment: Moment) -> None:
-        self.stage: Stage | None = None
-        self._moment, self._attributes = moment, vars(model)
+        self.stage: Stage | Aside | None = None
+        self._model, self._moment, self._attributes = model, moment, vars(model)
         self._earlier = self._attributes.get(PLACE)
         self._call = self._earlier or model._call_impl
+        self._thread = get_ident()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if not is_dynamo_compiling():
+            if get_ident() != self._thread and (replica := self._replica(sys._getframe(1))):
+                return replica._call_impl(*args, **kwargs)
             if self.stage is not None:
                 args, kwargs = self.stage.inputs(args, kwargs)
             elif torch.is_grad_enabled():
                 self._moment.enter(args, kwargs, sys._getframe(MODEL_FRAMES))
         return self._call(*args, **kwargs)
 
+    def _replica(self, frame: FrameType) -> nn.Module | None:
+        """The model's copy that is being called, with its attributes: `nn.DataParallel` runs one a GPU, in a thread."""
+        called = frame.f_locals.get("self")
+        return called if called is not self._model and isinstance(called, nn.Module) else None
+
     def __enter__(self) -> None:
         self._attributes[PLACE] = self
 
     def __exit__(self, *_: object) -> None:
-        if self._attributes.get(PLACE) is self:
+        """Watches of one model may end in any order: a later one calls what this one did."""
+        later = self._attributes.get(PLACE)
+        while isinstance(later, _WatchedCall) and later is not self:
+            if later._earlier is self:
+                later._earlier, later._call = self._earlier, self._call
+            later = later._earlier
+        if later is self and self._attributes[PLACE] is self:
             del self._attributes[PLACE]
             if self._earlier is not None:
                 self._attributes[PLACE] = self._earlier
@@ -199,25 +275,72 @@ def _is_skipped(optimizer: torch.optim.Optimizer) -> bool:
     return getattr(optimizer, "found_inf", None) is not None
 
 
+_watching: dict[int, LoopWatch] = {}
+
+
+@cache
+def _tell_of_steps() -> None:
+    """For good: torch's dictionary of such hooks must not change while another thread's optimizer goes through it."""
+
+    def begins(optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if not is_dynamo_compiling():
+            for watch in tuple(_watching.values()):
+                if optimizer is watch._optimizer or watch._steps_with(optimizer):
+                    watch._before_step(optimizer, args, kwargs)
+
+    register_optimizer_step_pre_hook(begins)
+
+
+Told = Callable[[Tensor | None], None]
+
+
 @contextmanager
-def _after_backward(then: Callable[[Tensor | None], None]) -> Iterator[None]:
-    """Call it with the loss after each backward pass, `Tensor.backward()` and `torch.autograd.backward` alike."""
-    original = torch.autograd.backward
+def _after_backward(then: Told) -> Iterator[None]:
+    """Call it with the loss after each backward pass, `Tensor.backward()` and `torch.autograd.backward` alike.
+
+    Watches share one function in the place of torch's, so that they may end in any order: those of two threads do.
+    """
+    told: dict[int, Told] = getattr(torch.autograd.backward, TOLD, None) or _listened()
+    told[id(then)] = then
+    try:
+        yield
+    finally:
+        del told[id(then)]
+        if not told and getattr(torch.autograd.backward, TOLD, None) is told:
+            torch.autograd.backward = getattr(torch.autograd.backward, "__wrapped__")  # noqa: B009 - unknown to mypy
+
+
+def _listened() -> dict[int, Told]:
+    """Put a function in the place of torch's; who is told of its calls."""
+    original, told = torch.autograd.backward, dict[int, Told]()
 
     @wraps(original)
     def backward(tensors: Any, grad_tensors: Any = None, *args: Any, **kwargs: Any) -> None:
         original(tensors, grad_tensors, *args, **kwargs)
-        if not is_dynamo_compiling():
-            then(tensors if grad_tensors is None and isinstance(tensors, Tensor) else _loss(tensors))
+        if is_dynamo_compiling() or _graph_task() != NO_TASK:  # in another's backward pass: a reentrant checkpoint's
+            return
+        loss = tensors if grad_tensors is None and isinstance(tensors, Tensor) else _loss(tensors)
+        for then in tuple(told.values()):
+            then(loss)
 
+    setattr(backward, TOLD, told)
     torch.autograd.backward = backward
-    try:
-        yield
-    finally:
-        torch.autograd.backward = original
+    return told
 
 
 def _loss(tensors: Any) -> Tensor | None:
-    """What a backward pass began with; None if it isn't one number."""
+    """What a backward pass began with; None if it isn't one real number."""
     first = tensors if isinstance(tensors, (Tensor, GradientEdge)) else tensors[0]
-    return first if isinstance(first, Tensor) and first.numel() == 1 else None
+    return first if isinstance(first, Tensor) and first.numel() == 1 and not first.is_complex() else None
+
+
+def _members(optimizer: Any) -> dict[Tensor, None]:
+    """An optimizer's parameters."""
+    return {p: None for g in getattr(optimizer, "param_groups", ()) for p in g["params"]}
+
+
+def _home(frame: FrameType | None) -> CodeType | None:
+    """The user's function that watches: it may do so through an `ExitStack`."""
+    while frame is not None and not is_user_frame(frame):
+        frame = frame.f_back
+    return None if frame is None else frame.f_code

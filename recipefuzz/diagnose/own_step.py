@@ -5,12 +5,12 @@ What the model was given and drew at each call is what it was given and drew the
 
 from __future__ import annotations
 
+import math
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from functools import cached_property
-from types import FrameType, ModuleType
+from types import CodeType, FrameType, ModuleType
 from typing import Any
 
 import torch
@@ -18,10 +18,10 @@ from torch import Tensor, nn
 
 from recipefuzz.diagnose.causes import OVERFLOW, cause_of
 from recipefuzz.diagnose.explosions import Health, explosion
-from recipefuzz.diagnose.moment import Moment
+from recipefuzz.diagnose.moment import Forward, Moment
 from recipefuzz.diagnose.nonfinite import diagnosis_of
 from recipefuzz.diagnose.replay import Failure, watched_step
-from recipefuzz.diagnose.rerun import Rerun, calls, meeting, rerun_of, user_place
+from recipefuzz.diagnose.rerun import Rerun, around, calls, meeting, rerun_of, user_place
 from recipefuzz.diagnose.roots import root_of
 from recipefuzz.diagnose.tensors import is_finite, storage
 from recipefuzz.diagnose.wording import ADVICE_FOR_RECIPE
@@ -40,13 +40,20 @@ class Stage:
     """A step while it is replayed: gives the model its inputs, and ends it after its last backward pass.
 
     Args:
-        own_inputs: the model takes what the statements compute for it instead.
+        forwards: what the model was given, in its calls' order; after them it takes what the statements compute for it.
+
+        backwards: passes that the step has; without any it ends with the first after which something is not finite.
+
+    Attributes:
+        reached: whether it was ended.
+        loss: of the last backward pass; None if it isn't known.
     """
 
-    def __init__(self, moment: Moment, *, own_inputs: bool = False) -> None:
+    def __init__(self, moment: Moment, forwards: Sequence[Forward], backwards: int) -> None:
         self._moment = moment
-        self._forwards = iter(() if own_inputs else moment.forwards)
-        self._backwards = moment.backwards
+        self._forwards = iter(forwards)
+        self._backwards = backwards
+        self.reached = False
         self.loss: Tensor | None = None
 
     def inputs(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -72,8 +79,28 @@ class Stage:
         """
         self.loss = None if loss is None else loss.detach()
         self._backwards -= 1
-        if not self._backwards:
+        if not self._backwards or (self._backwards < 0 and not self._is_sound()):
+            self.reached = True
             raise Reached
+
+    @property
+    def remain(self) -> bool:
+        """Whether backward passes are still to come."""
+        return self._backwards > 0
+
+    def _is_sound(self) -> bool:
+        values = (self.loss, *(p.grad for p in self._moment.parameters))
+        return all(is_finite(v) for v in values if v is not None)
+
+
+class Aside:
+    """Of a watch beside the one that replays a step: nothing of it is noted."""
+
+    def inputs(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        return args, kwargs
+
+    def backward(self, loss: Tensor | None) -> None:
+        pass
 
 
 @dataclass(frozen=True)
@@ -81,7 +108,8 @@ class Step:
     """A step that was found bad.
 
     Attributes:
-        frame: the function that has called `backward()`.
+        frame: the function that has called `backward()`, or the optimizer's step where there was none.
+        home: the function that watches.
         number: of the step, counted from 1.
         optimizer: in lower case, such as "adamw".
         rate: its learning rate.
@@ -92,20 +120,25 @@ class Step:
     model: nn.Module
     moment: Moment
     frame: FrameType | None
+    home: CodeType | None
     number: int
     optimizer: str
     rate: float
     update: tuple[str, int]
     staged: Callable[[Stage], AbstractContextManager[None]]
 
-    def rerun(self, *, whole: bool = False) -> Rerun | None:
-        """From the statement that calls the model, or from the start of the loop's body."""
-        met = meeting(self.frame, self.moment.forwards[0].calls)
+    def rerun(self, forwards: Sequence[Forward], *, whole: bool = False) -> Rerun | None:
+        """From the statement that calls the model, or from the start of the block in which that stands."""
+        met = meeting(self.frame, forwards[0].calls)
         return rerun_of(*met, whole=whole) if met else None
 
-    @cached_property
-    def again(self) -> Rerun | None:
-        return self.rerun()
+    def reruns(self) -> Iterator[tuple[Rerun, Stage, Sequence[Forward]]]:
+        """Those that may show the failure, and what the model is given in them; the first most often does."""
+        for forwards in self.moment.beginnings:
+            if again := self.rerun(forwards):
+                yield again, Stage(self.moment, forwards, self.moment.backwards), forwards
+        for again in around(self.frame, self.home):
+            yield again, Stage(self.moment, (), 0), ()
 
 
 NO_FORWARD = (
@@ -124,14 +157,14 @@ def diagnose(step: Step, health: Health, symptom: str) -> Diagnosis:
         symptom: what was found, in words, for a step that does not fail when it is replayed.
     """
     with _eager():
-        failure, remark = _replay(step)
+        failure, again, remark = _replay(step)
     if step.moment.drew_anew:
         remark = f"{remark}; {DREW_ANEW}" if remark else DREW_ANEW
     if failure is None:
         return _unknown(step, symptom, remark)
-    if remark.startswith((NOT_AGAIN, NO_SOURCE)):  # of the model's outputs
+    if failure.symptom == "loss" and symptom != "the loss":  # of what stands for it
         failure = replace(failure, symptom=symptom)
-    found = _explained(step, failure, health)
+    found = _explained(step, failure, again, health)
     return replace(found, explanation=f"{found.explanation}; {remark}") if remark else found
 
 
@@ -140,46 +173,66 @@ def _eager() -> AbstractContextManager[Any]:
     return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
 
 
-def _replay(step: Step) -> tuple[Failure | None, str]:
-    """The failure, and what is to be said of the replay."""
-    if not step.moment.forwards:
-        return None, NO_FORWARD
-    failure = _watched(step, step.again) if step.again else None
-    if failure is not None:
-        return _before_the_model(step, failure) or failure, ""
-    return _watched(step, None), NOT_AGAIN if step.again else NO_SOURCE
+def _replay(step: Step) -> tuple[Failure | None, Rerun | None, str]:
+    """The failure, the statements that showed it, and what is to be said of the replay."""
+    ended = False
+    for again, stage, forwards in step.reruns():
+        failure, was_over = _watched(step, again, stage, forwards)
+        ended |= was_over
+        if failure is not None:
+            return _before_the_model(step, failure, forwards) or failure, again, ""
+    for forwards in step.moment.beginnings:
+        failure, _ = _watched(step, None, Stage(step.moment, forwards, 0), forwards)
+        if failure is not None:
+            break
+    else:
+        failure = None
+    if ended:
+        return failure, None, NOT_AGAIN
+    return failure, None, NO_SOURCE if step.moment.beginnings else NO_FORWARD
 
 
-def _before_the_model(step: Step, failure: Failure) -> Failure | None:
+def _before_the_model(step: Step, failure: Failure, forwards: Sequence[Forward]) -> Failure | None:
     """Where the model's input went bad in the loop's own statements before the call, if it did there."""
-    again = step.rerun(whole=True) if failure.origin.outside == "x" else None
-    earlier = _watched(step, again, own_inputs=True) if again else None
+    again = step.rerun(forwards, whole=True) if forwards and failure.origin.outside == "x" else None
+    earlier = _watched(step, again, Stage(step.moment, (), step.moment.backwards), ())[0] if again else None
     return earlier if earlier and earlier.origin.event else None
 
 
-def _watched(step: Step, again: Rerun | None, *, own_inputs: bool = False) -> Failure | None:
-    """The step replayed: its statements, or the model's forward passes alone; None where it is finite, or fails."""
-    stage = Stage(step.moment, own_inputs=own_inputs)
+def _watched(step: Step, again: Rerun | None, stage: Stage, forwards: Sequence[Forward]) -> tuple[Failure | None, bool]:
+    """The step replayed: its statements, or the model's forward passes alone.
+
+    Returns:
+        None where it is finite, or fails; whether it came to its end.
+    """
 
     def run() -> Tensor:
         if again is None:
-            return _outputs(step)
+            return _outputs(step.model, forwards)
         try:
             again.run()
-        except Reached:
-            assert stage.loss is not None
-            return stage.loss
-        raise RuntimeError("the statements ended before the backward pass")
+        except BaseException:
+            if not stage.reached:
+                raise
+        if stage.remain:
+            raise EOFError("the statements ended before the backward pass")
+        return _bad_gradient(step) if stage.loss is None else stage.loss
 
-    inputs = [t.detach() for f in step.moment.forwards for t in _tensors_in([f.args, f.kwargs]) if not t.grad_fn]
-    given = [t for t in inputs if not _is_mask(t)]
-    known = {storage(t) for t in given}
-    others = [t for _, t in _data(again) if storage(t) not in known and not _is_mask(t)]
     try:
-        with step.moment.back(), step.staged(stage):
-            return watched_step(step.model, run, given, others, step.number)
+        inputs = [t.detach() for f in forwards for t in _tensors_in([f.args, f.kwargs]) if not t.grad_fn]
+        given = [t for t in inputs if not _is_mask(t)]
+        known = {storage(t) for t in given}
+        others = [t for _, t in _data(again) if storage(t) not in known and not _is_mask(t)]
+        with step.moment.back(forwards), step.staged(stage):
+            return watched_step(step.model, run, given, others, step.number), True
     except Exception:  # whatever the user's statements raise the second time
-        return None
+        return None, False
+
+
+def _bad_gradient(step: Step) -> Tensor:
+    """Stands for the loss where that isn't known."""
+    gradients = (p.grad for p in step.moment.parameters if p.grad is not None and not is_finite(p.grad))
+    return next(gradients, torch.zeros(()))
 
 
 def _data(again: Rerun | None) -> list[tuple[str, Tensor]]:
@@ -198,9 +251,9 @@ def _is_mask(tensor: Tensor) -> bool:
     return not is_finite(tensor) and bool(((tensor == 0) | torch.isinf(tensor)).all())
 
 
-def _outputs(step: Step) -> Tensor:
+def _outputs(model: nn.Module, forwards: Sequence[Forward]) -> Tensor:
     """What the model makes of its inputs: the first tensor that is not finite, if one is."""
-    made = [t for f in step.moment.forwards for t in _tensors_in(step.model(*f.args, **f.kwargs))]
+    made = [t for f in forwards for t in _tensors_in(model(*f.args, **f.kwargs))]
     return next((t for t in made if not is_finite(t)), made[0])
 
 
@@ -218,7 +271,7 @@ def _tensors_in(value: Any, depth: int = 3) -> list[Tensor]:
     return [t for inner in list(inside) for t in _tensors_in(inner, depth - 1)] if depth else []
 
 
-def _explained(step: Step, failure: Failure, health: Health) -> Diagnosis:
+def _explained(step: Step, failure: Failure, again: Rerun | None, health: Health) -> Diagnosis:
     origin = failure.origin
     updated = origin.outside.startswith("parameter") and step.number > 1
     cause = cause_of(origin)
@@ -229,9 +282,10 @@ def _explained(step: Step, failure: Failure, health: Health) -> Diagnosis:
         if updated and health.sound and any(_is_half(p) for p in step.moment.parameters):
             cause = "half_precision_overflow"
     root = root_of(cause, health, mended=None, remedied=not health.sound, in_half=torch.is_autocast_enabled())
-    named = replace(origin, outside=_words(step, failure))
+    named = replace(origin, outside=_words(step, failure, again))
     found = diagnosis_of(replace(failure, origin=named), health, cause, root)
-    found = replace(found, advice=found.advice or f"{ADVICE_FOR_RECIPE} (it is {step.rate:.3g} now, {step.optimizer})")
+    rate = "" if math.isnan(step.rate) else f" (it is {step.rate:.3g} now, {step.optimizer})"
+    found = replace(found, advice=found.advice or f"{ADVICE_FOR_RECIPE}{rate}")
     if not updated:
         return found
     file, line = step.update
@@ -242,13 +296,13 @@ def _is_half(tensor: Tensor) -> bool:
     return tensor.dtype in (torch.float16, torch.bfloat16)
 
 
-def _words(step: Step, failure: Failure) -> str:
+def _words(step: Step, failure: Failure, again: Rerun | None) -> str:
     """What came in not finite, as the user calls it."""
     outside = failure.origin.outside
     if outside == "x":
         return "the model's input"
     if outside == "y":
-        return next((f"`{name}`" for name, t in _data(step.again) if not is_finite(t)), "the batch")
+        return next((f"`{name}`" for name, t in _data(again) if not is_finite(t)), "the batch")
     if outside.startswith("parameter") and step.number > 1:
         return f"{outside}, which the update of step {step.number - 1} left so"
     return outside

@@ -18,6 +18,7 @@ from typing import Any
 
 from recipefuzz.errors import is_users
 
+AGAIN = "_recipefuzz_again"
 DEPTH = 16  # frames of a call that are kept: the model's, the user's helpers'
 
 Calls = list[tuple[CodeType, int]]
@@ -65,6 +66,10 @@ def meeting(frame: FrameType | None, earlier: Calls) -> tuple[FrameType, int] | 
     return None
 
 
+def is_user_frame(frame: FrameType) -> bool:
+    return is_users(frame.f_code.co_filename)
+
+
 def user_place(made: Calls) -> tuple[str, int]:
     """File and line of the innermost call that the user's code made; ("", 0) where there is none."""
     for code, instruction in made:
@@ -80,7 +85,10 @@ def position(code: CodeType, instruction: int) -> Position | None:
 
 
 def statements_between(body: Statements, first: Position, last: Position) -> tuple[Statements, int] | None:
-    """The innermost block in which both positions stand, cut after the second; the index of the first's statement."""
+    """The innermost block in which both positions stand, cut after the second; the index of the first's statement.
+
+    Where the first comes after the second (it was called in the loop's last round), an empty block.
+    """
     for block in _blocks(body):
         start = next((i for i, s in enumerate(block) if _covers(s, first)), None)
         end = next((i for i, s in enumerate(block) if _covers(s, last)), None)
@@ -88,7 +96,7 @@ def statements_between(body: Statements, first: Position, last: Position) -> tup
             continue
         if start == end and (inner := _within(block[start], first, last)):
             return inner
-        return (block[: end + 1], start) if start <= end else None
+        return (block[: end + 1], start) if start <= end else ((), 0)
     return None
 
 
@@ -132,6 +140,42 @@ class Rerun:
     reads: Mapping[str, Any]
 
 
+def body_around(tree: ast.AST, at: Position) -> tuple[Statements, bool]:
+    """The innermost body of a loop or a function in which a position stands, cut after it; whether it's a loop's."""
+    found: tuple[Statements, bool] = (), False
+    for node in ast.walk(tree):  # outer ones come first
+        body: Statements = ()
+        if isinstance(node, (ast.For, ast.While, ast.FunctionDef)):
+            body = node.body
+        elif isinstance(node, ast.Lambda):
+            body = [ast.copy_location(ast.Expr(node.body), node.body)]
+        end = next((i for i, s in enumerate(body) if _covers(s, at)), None)
+        if end is not None:
+            found = body[: end + 1], isinstance(node, (ast.For, ast.While))
+    return found
+
+
+def around(frame: FrameType | None, home: CodeType | None) -> Iterator[Rerun]:
+    """What the user's functions do from the start of their bodies to where they are, out to the innermost loop.
+
+    Args:
+        home: the function that watches: no more than a loop in it is run again.
+    """
+    for _ in range(DEPTH):
+        if frame is None or (_is_expression(frame.f_code) and frame.f_code.co_name != "<lambda>"):
+            return
+        if is_user_frame(frame):
+            source, at = _source(frame), position(frame.f_code, frame.f_lasti)
+            body, is_loop = body_around(ast.parse(source), at) if source and at else ((), False)
+            if is_loop or frame.f_code is not home:
+                kept = [s for s in body if not _draws(s)]
+                if kept and not _is_unfit(kept) and (again := _callable(kept, frame)):
+                    yield again
+            if is_loop or frame.f_code is home:
+                return
+        frame = frame.f_back
+
+
 def rerun_of(frame: FrameType, instruction: int, *, whole: bool = False) -> Rerun | None:
     """What the function does from an earlier call to the one that it is in; None where that can't be run again.
 
@@ -142,34 +186,52 @@ def rerun_of(frame: FrameType, instruction: int, *, whole: bool = False) -> Reru
         instruction: of the earlier call.
         whole: from the start of the loop's body, what stands before the call included.
     """
-    code = frame.f_code
-    source = "".join(linecache.getlines(code.co_filename, frame.f_globals))
-    first, last = position(code, instruction), position(code, frame.f_lasti)
-    if not source or first is None or last is None or not _is_of(code, source):
+    source = "" if _is_expression(frame.f_code) else _source(frame)
+    first, last = position(frame.f_code, instruction), position(frame.f_code, frame.f_lasti)
+    if not source or first is None or last is None:
         return None
     found = statements_between(ast.parse(source).body, first, last)
-    if found is None:
+    block, start = found or ((), 0)
+    if not block:
         return None
-    block, start = found
     body = [s for i, s in enumerate(block) if i >= (0 if whole else start) and (i == start or not _draws(s))]
-    if any(_draws(s) for s in body) or any(isinstance(n, _UNFIT) for s in body for n in ast.walk(s)):
-        return None
-    return _callable(body, frame)
+    return None if any(map(_draws, body)) or _is_unfit(body) else _callable(body, frame)
+
+
+def _is_expression(code: CodeType) -> bool:
+    """Whether it is a part of a statement: a lambda, a comprehension that goes through all batches."""
+    return code.co_name.startswith("<") and code.co_name != "<module>"
+
+
+def _source(frame: FrameType) -> str:
+    """What the function was compiled from; "" where that isn't known."""
+    source = "".join(linecache.getlines(frame.f_code.co_filename, frame.f_globals))
+    return source if _is_of(frame.f_code, source) else ""
+
+
+def _is_unfit(body: Statements) -> bool:
+    return any(isinstance(n, _UNFIT) for s in body for n in ast.walk(s))
 
 
 _UNFIT = (ast.Await, ast.Yield, ast.YieldFrom, ast.AsyncFor, ast.AsyncWith, ast.Nonlocal)
 
 
 def _is_of(code: CodeType, source: str) -> bool:
-    """Whether the function was compiled from this very source: files are edited while they train."""
+    """Whether the function was compiled from this very source: files are edited while they train.
+
+    IPython compiles each of a cell's statements by itself.
+    """
     try:
-        waiting = [compile(source, code.co_filename, "exec", dont_inherit=True)]
+        tree = ast.parse(source)
+        parts = [tree, *(ast.Module([s], []) for s in tree.body)] if code.co_name == "<module>" else [tree]
+        waiting = [compile(part, code.co_filename, "exec", dont_inherit=True) for part in parts]
     except SyntaxError:
         return False
     while waiting:
         found = waiting.pop()
-        if found.co_qualname == code.co_qualname and found.co_firstlineno == code.co_firstlineno:
-            return found.co_code == code.co_code
+        alike = found.co_qualname == code.co_qualname and found.co_firstlineno == code.co_firstlineno
+        if alike and found.co_code == code.co_code:
+            return True
         waiting += [inner for inner in found.co_consts if isinstance(inner, CodeType)]
     return False
 
@@ -181,13 +243,25 @@ def _draws(statement: ast.stmt) -> bool:
     )
 
 
+class _WithoutUpdates(ast.NodeTransformer):
+    """Leaves out what steps an optimizer, a scheduler, a scaler or an average of weights: that was done already."""
+
+    def visit_Expr(self, node: ast.Expr) -> ast.stmt:
+        call = node.value
+        named = call.func.attr if isinstance(call, ast.Call) and isinstance(call.func, ast.Attribute) else ""
+        if named == "step" or (named == "update" and isinstance(call, ast.Call) and not (call.args or call.keywords)):
+            return ast.copy_location(ast.Pass(), node)
+        return node
+
+
 def _callable(body: Statements, frame: FrameType) -> Rerun | None:
     """The statements as a function of the names that they bind; `break` and `continue` end it."""
+    body = [_WithoutUpdates().visit(s) for s in body]
     names = {**frame.f_globals, **frame.f_locals}
     bound = {n.id for s in body for n in ast.walk(s) if isinstance(n, ast.Name) and not isinstance(n.ctx, ast.Load)}
     declared = {name for s in body for n in ast.walk(s) if isinstance(n, ast.Global) for name in n.names}
     given = sorted((bound & names.keys()) - declared)
-    shell = ast.parse(f"def again({', '.join(given)}):\n for _ in (None,):\n  pass")
+    shell = ast.parse(f"def {AGAIN}({', '.join(given)}):\n for _ in (None,):\n  pass")
     function = shell.body[0]
     assert isinstance(function, ast.FunctionDef)
     loop = function.body[0]
@@ -197,7 +271,7 @@ def _callable(body: Statements, frame: FrameType) -> Rerun | None:
         exec(compile(shell, frame.f_code.co_filename, "exec", dont_inherit=True), names)  # noqa: S102 - the user's own
     except SyntaxError:
         return None
-    again: Callable[..., Any] = names["again"]
+    again: Callable[..., Any] = names.pop(AGAIN)  # of which it would be a part, so that batches lived on
     values = [frame.f_locals[n] if n in frame.f_locals else frame.f_globals[n] for n in given]
     read = {n.id for s in body for n in ast.walk(s) if isinstance(n, ast.Name)} & names.keys()
     return Rerun(lambda: again(*values), {name: names[name] for name in sorted(read)})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -40,7 +41,7 @@ class Stats:
     def of(cls, tensor: Tensor) -> Stats:
         dense = tensor.detach()
         kept = stored(dense)
-        values = torch.view_as_real(kept) if kept.is_complex() else kept
+        values = torch.view_as_real(kept.resolve_conj()) if kept.is_complex() else kept
         flat = values.double() if values.is_floating_point() else values.to(torch.float64)
         finite = flat[torch.isfinite(flat)]
         low, high, least = math.nan, math.nan, math.nan
@@ -101,7 +102,7 @@ def is_finite(tensor: Tensor) -> bool:
     if tensor.is_meta or not (tensor.is_floating_point() or tensor.is_complex()) or not tensor.numel():
         return True
     values = stored(tensor.detach())
-    values = torch.view_as_real(values) if values.is_complex() else values
+    values = torch.view_as_real(values.resolve_conj()) if values.is_complex() else values
     return math.isfinite(values.sum().item()) or bool(torch.isfinite(values).all())
 
 
@@ -130,3 +131,24 @@ def stored(tensor: Tensor) -> Tensor:
     if tensor.layout is torch.sparse_coo:
         return tensor._values()
     return tensor.values() if tensor.is_nested or tensor.layout in COMPRESSED else tensor
+
+
+@lru_cache(maxsize=4096)
+def _written_positions(func: Any) -> tuple[tuple[int, str], ...]:
+    arguments = func._schema.arguments
+    return tuple((i, a.name) for i, a in enumerate(arguments) if a.alias_info is not None and a.alias_info.is_write)
+
+
+def written(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Tensor]:
+    """The arguments that the operation writes into."""
+    positions = _written_positions(func)
+    return tensors([args[i] if i < len(args) else kwargs.get(name) for i, name in positions]) if positions else []
+
+
+def statistics(func: Any, args: tuple[Any, ...]) -> list[Tensor]:
+    """Running ones, which batch norm writes without saying so in its schema."""
+    if "batch_norm" not in func.overloadpacket.__name__ or "backward" in func.overloadpacket.__name__:
+        return []
+    return [
+        a for a, s in zip(args, func._schema.arguments, strict=False) if s.name.startswith("running") and a is not None
+    ]

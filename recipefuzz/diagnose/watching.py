@@ -21,7 +21,7 @@ from torch.autograd import _get_sequence_nr  # type: ignore[attr-defined]
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from recipefuzz.diagnose.frames import user_line
-from recipefuzz.diagnose.tensors import Stats, is_finite, leaves, storage, stored, tensors
+from recipefuzz.diagnose.tensors import Stats, is_finite, leaves, storage, stored, tensors, written
 
 UNSET = ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "resize_")  # memory not yet written
 
@@ -150,6 +150,8 @@ class Watch(TorchDispatchMode):
         """Watch, and follow which module is being called."""
         with ExitStack() as stack:
             for module in self._model.modules():
+                if isinstance(module, torch.jit.ScriptModule):  # takes no hooks
+                    continue
                 before = module.register_forward_pre_hook(self._enter)
                 after = module.register_forward_hook(self._leave, always_call=True)
                 stack.callback(before.remove)
@@ -182,8 +184,8 @@ class Watch(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        written = _written(func, args, kwargs)
-        before = {id(t): t.clone() for t in written}
+        overwritten = written(func, args, kwargs)
+        before = {id(t): t.clone() for t in overwritten}
         unread = before if base_name(func) in OVERWRITES else {id(kwargs.get("out")): None}
         inputs = tensors([*args, *kwargs.values()])
         shared = {storage(t) for t in inputs}
@@ -193,7 +195,7 @@ class Watch(TorchDispatchMode):
             return result
         spot, forward, forward_finite = self._spot(func)
         outputs = tensors([result])
-        outputs += [t for t in written if all(t is not o for o in outputs)]
+        outputs += [t for t in overwritten if all(t is not o for o in outputs)]
         self._follow(outputs, shared, any(key in self._depends for key in shared))
         made = [t for t in outputs if storage(t) not in shared or id(t) in before]
         bad = {id(t) for t in made if not is_finite(t)}
@@ -355,18 +357,6 @@ def _is_meant(op: str, operands: tuple[Operand, ...], scalars: tuple[float, ...]
 def base_name(func: Any) -> str:
     """`add` of aten.add_.Tensor, `softmax` of aten._softmax.default, `addcdiv` of aten._foreach_addcdiv_."""
     return str(func.overloadpacket.__name__).removeprefix("_foreach_").strip("_")
-
-
-@lru_cache(maxsize=4096)
-def _written_positions(func: Any) -> tuple[tuple[int, str], ...]:
-    arguments = func._schema.arguments
-    return tuple((i, a.name) for i, a in enumerate(arguments) if a.alias_info is not None and a.alias_info.is_write)
-
-
-def _written(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Tensor]:
-    """The arguments that the operation writes into."""
-    positions = _written_positions(func)
-    return tensors([args[i] if i < len(args) else kwargs.get(name) for i, name in positions]) if positions else []
 
 
 def _is_whole(tensor: Tensor) -> bool:
