@@ -66,7 +66,6 @@ class Moment:
         self.parameters = parameters
         self.spent = self.asks = self.drew_anew = False
         self.kept: list[tuple[Any, ...]] = []
-        self._latest: tuple[Any, ...] | None = None
         self._outermost, self._held = outermost, held
         self._device = next((p.device for p in parameters if not p.is_meta), torch.device("cpu"))
         self._on_cuda = self._device.type == "cuda"
@@ -92,25 +91,22 @@ class Moment:
             if place not in seen:
                 seen.add(place)
                 found.append(forwards[i:])
-        return [*found[:BEGINNINGS], *([[Forward(*self._latest)]] if self._latest else [])]
+        return found[:BEGINNINGS]
 
     def enter(self, args: tuple[Any, ...], kwargs: dict[str, Any], frame: FrameType) -> None:
         """A forward pass begins, called from a frame; the first after a backward pass begins another step."""
         if self.over:
             self.over = self.spent = False
-            self.backwards, self.kept, self._latest = 0, [], None
+            self.backwards, self.kept = 0, []
             self.thread = get_ident()
             self._held.clear()
             self.asks = not self._draws and self._steps % DRAWS_AT == 0
             self._steps += 1
             for buffer in self._buffers.copied:
                 buffer.copy()
-        random = self.random() if self._draws or self.asks else ()
-        forward = (args, kwargs, random, calls(frame, outermost=self._outermost))
         if len(self.kept) < MOST:
-            self.kept.append(forward)
-        else:
-            self._latest = forward
+            random = self.random() if self._draws or self.asks else ()
+            self.kept.append((args, kwargs, random, calls(frame, outermost=self._outermost)))
 
     def ask(self) -> None:
         """At its end: whether a step that is asked has drawn random numbers."""
@@ -120,7 +116,7 @@ class Moment:
 
     def forget(self) -> None:
         self.spent = False
-        self.backwards, self.kept, self._latest = 0, [], None
+        self.backwards, self.kept = 0, []
         self._held.clear()
 
     def end(self) -> None:

@@ -41,7 +41,6 @@ class Stage:
 
     Args:
         forwards: what the model was given, in its calls' order; after them it takes what the statements compute for it.
-
         backwards: passes that the step has; without any it ends with the first after which something is not finite.
 
     Attributes:
