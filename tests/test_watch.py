@@ -1186,18 +1186,6 @@ def test_nothing_is_kept_after_the_first_failure(tmp_path):
     assert "_compiled_call_impl" not in vars(names["model"])
 
 
-def test_gradients_in_double_precision_by_default():
-    torch.set_default_dtype(torch.float64)
-    try:
-        model = nn.Linear(3, 1)
-        with recipefuzz.watch(model, torch.optim.SGD(model.parameters(), lr=0.1)) as w:
-            assert w._history._one.dtype == torch.float32, (
-                "the kernel takes no other, and gradients are read one by one"
-            )
-    finally:
-        torch.set_default_dtype(torch.float32)
-
-
 def test_a_cell_of_a_notebook():
     """IPython keeps its source under a name of its own, and compiles each of its statements by itself."""
     code, name = START + textwrap.dedent(ratio()), "<ipython-input-3-0123456789ab>"

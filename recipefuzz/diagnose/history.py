@@ -3,26 +3,31 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
-from torch import _amp_foreach_non_finite_check_and_unscale_ as _check
 from torch.nn.parameter import is_lazy
 
 from recipefuzz.diagnose.explosions import Health
 from recipefuzz.diagnose.tensors import is_finite
 from recipefuzz.trace import LEAST_NORM
 
+finite_loss: Callable[[Tensor | None, list[Tensor], list[Tensor]], float | None] | None
+try:
+    from recipefuzz.diagnose._finite import finite_loss
+except ImportError:  # it was not compiled, or this torch is older than 2.10
+    finite_loss = None
+
 NORMED = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # numbers that torch has a norm of
-SMALL = 16384  # elements of a gradient, from which on a sum takes less time than its part of the one call, here
+SMALL = 65536  # elements of a gradient: larger ones are summed by torch, which shares them among its threads
 
 
 class History:
     """The losses of the steps that were finite, and whether one is.
 
-    On a CPU small gradients are read by the gradient scaler's kernel, in one call for all: what it divides them by is
-    1, so that they stay as they are. Its loop isn't vectorized, so large ones are read by their sums.
+    On a CPU the loss and small gradients are read by a function in C, in one call for all: torch's own operations cost
+    several microseconds each between two steps. Without it, and on other devices, the gradients' norms are asked for.
 
     Args:
         parameters: whose gradients are read.
@@ -38,7 +43,6 @@ class History:
         self._loss = math.nan
         self._loss_is_bad = False
         self.held: list[Tensor] = []
-        self._found, self._one = (torch.tensor(v, dtype=torch.float32, device="cpu") for v in (0.0, 1.0))
         self.follow(parameters)
 
     def follow(self, parameters: Sequence[Tensor]) -> None:
@@ -48,10 +52,10 @@ class History:
         self.waits = len(self._present) < len(parameters)
         self._weight = self._parameter_norm()
         self._sound = [p for p in self._present if is_finite(p.detach())]
-        self._small = [p for p in self._present if p.numel() <= SMALL]
+        on_cpu = all(p.device.type == "cpu" for p in self._present)
+        self._small = [p for p in self._present if p.numel() <= SMALL] if on_cpu else []
         small = {id(p) for p in self._small}
         self._large = [p for p in parameters if id(p) not in small]
-        self._on_cpu = all(p.device.type == "cpu" for p in self._present)
 
     def add(self, loss: Tensor | None) -> bool:
         """Whether a step's loss and gradients are finite. The hot path of every watched step, so all is in one place.
@@ -59,21 +63,18 @@ class History:
         Args:
             loss: None where there is none, or it isn't one number.
         """
-        value = total = 0.0 if loss is None else loss.item()
-        if self._on_cpu:
+        value = None
+        if finite_loss and self._small:
+            self.held.clear()
+            value = finite_loss(loss, self._small, self.held)
+        if value is None:
+            value = 0.0 if loss is None else loss.item()
+            total = value + self._norm()
+        else:
+            total = value
             for p in self._large:
                 if (gradient := p.grad) is not None:
                     total += gradient.sum().item()
-            self.held[:] = [gradient for p in self._small if (gradient := p.grad) is not None]
-            try:
-                _check(self.held, self._found, self._one)
-            except (RuntimeError, TypeError):  # sparse, complex, of a class of its own, one element in several places
-                total = math.nan
-            if self._found.item():
-                self._found.zero_()
-                total = math.nan
-        else:
-            total += self._norm()
         if total - total != 0:
             self._loss_is_bad = not math.isfinite(value)
             if self._loss_is_bad or self.gradients_are_bad():
@@ -89,7 +90,7 @@ class History:
         return "the loss" if self._loss_is_bad else "a gradient"
 
     def _norm(self) -> float:
-        """Of several devices: one kernel and one question for each; it can overflow where no element does."""
+        """Of all gradients, with one kernel and one question a device; it can overflow where no element does."""
         groups: dict[torch.device, list[Tensor]] = {}
         for p in self._parameters:
             if p.grad is not None:

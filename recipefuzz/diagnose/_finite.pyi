@@ -1,0 +1,3 @@
+from torch import Tensor
+
+def finite_loss(loss: Tensor | None, parameters: list[Tensor], gradients: list[Tensor], /) -> float | None: ...
