@@ -27,7 +27,7 @@ class History:
     """The losses of the steps that were finite, and whether one is.
 
     On a CPU the loss and small gradients are read by a function in C, in one call for all: torch's own operations cost
-    several microseconds each between two steps. Without it, and on other devices, the gradients' norms are asked for.
+    several microseconds each between two steps. What it doesn't read is summed; on other devices norms are asked for.
 
     Args:
         parameters: whose gradients are read.
@@ -52,8 +52,8 @@ class History:
         self.waits = len(self._present) < len(parameters)
         self._weight = self._parameter_norm()
         self._sound = [p for p in self._present if is_finite(p.detach())]
-        on_cpu = all(p.device.type == "cpu" for p in self._present)
-        self._small = [p for p in self._present if p.numel() <= SMALL] if on_cpu else []
+        self._on_cpu = all(p.device.type == "cpu" for p in self._present)
+        self._small = [p for p in self._present if p.numel() <= SMALL]
         small = {id(p) for p in self._small}
         self._large = [p for p in parameters if id(p) not in small]
 
@@ -63,18 +63,18 @@ class History:
         Args:
             loss: None where there is none, or it isn't one number.
         """
-        value = None
-        if finite_loss and self._small:
-            self.held.clear()
-            value = finite_loss(loss, self._small, self.held)
+        self.held.clear()
+        value = finite_loss(loss, self._small, self.held) if finite_loss and self._on_cpu else None
+        unread = self._large if value is not None else self._parameters
         if value is None:
             value = 0.0 if loss is None else loss.item()
-            total = value + self._norm()
-        else:
-            total = value
-            for p in self._large:
+        total = value
+        if self._on_cpu:
+            for p in unread:
                 if (gradient := p.grad) is not None:
                     total += gradient.sum().item()
+        else:
+            total += self._norm()
         if total - total != 0:
             self._loss_is_bad = not math.isfinite(value)
             if self._loss_is_bad or self.gradients_are_bad():
@@ -90,7 +90,7 @@ class History:
         return "the loss" if self._loss_is_bad else "a gradient"
 
     def _norm(self) -> float:
-        """Of all gradients, with one kernel and one question a device; it can overflow where no element does."""
+        """Of gradients on any devices: one kernel and one question for each; it can overflow where no element does."""
         groups: dict[torch.device, list[Tensor]] = {}
         for p in self._parameters:
             if p.grad is not None:

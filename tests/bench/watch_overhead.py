@@ -2,8 +2,8 @@
 
 Time is the thread's own, so that other work on the machine counts less; torch runs on one thread.
 
-Plain and watched loops take turns, each on its own copy of the model. A pair of turns that stand next to
-each other gives one ratio; the table has their median, and the quartiles, which say how busy the machine was.
+Plain and watched loops take turns on one model: where its numbers lie in memory is worth a percent or two. A pair of turns
+that stand next to each other gives one ratio; the table has their median, and the quartiles, which say how busy the machine was.
 
     python watch_overhead.py --pairs 60
 """
@@ -11,7 +11,6 @@ each other gives one ratio; the table has their median, and the quartiles, which
 from __future__ import annotations
 
 import argparse
-import copy
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -97,20 +96,19 @@ def _text() -> tuple[torch.Tensor, torch.Tensor]:
 class Turns:
     """One loop, plain or watched, run a few steps at a time."""
 
-    def __init__(self, loop: Loop, *, watched: bool) -> None:
-        self._loop, self._watched = loop, watched
-        self._model = copy.deepcopy(loop.model)
-        self._optimizer = loop.optimizer(self._model.parameters())
+    def __init__(self, loop: Loop) -> None:
+        self._loop = loop
+        self._optimizer = loop.optimizer(loop.model.parameters())
 
-    def seconds(self) -> float:
+    def seconds(self, *, watched: bool) -> float:
         """Of one step, over a turn."""
-        with recipefuzz.watch(self._model, self._optimizer) if self._watched else nullcontext():
+        with recipefuzz.watch(self._loop.model, self._optimizer) if watched else nullcontext():
             started = time.thread_time()
             self._train()
             return (time.thread_time() - started) / self._loop.turn
 
     def _train(self) -> None:
-        model, optimizer = self._model, self._optimizer
+        model, optimizer = self._loop.model, self._optimizer
         x, y = self._loop.batch
         for _ in range(self._loop.turn):
             optimizer.zero_grad()
@@ -118,27 +116,25 @@ class Turns:
             loss.backward()
             optimizer.step()
 
+    def pair(self, *, watched_first: bool) -> tuple[float, float]:
+        """Seconds of a plain and of a watched step, in two turns next to each other."""
+        if watched_first:
+            after = self.seconds(watched=True)
+            return self.seconds(watched=False), after
+        return self.seconds(watched=False), self.seconds(watched=True)
+
 
 def rows(pairs: int) -> Iterator[Row]:
     for loop in loops():
-        plain, watched = Turns(loop, watched=False), Turns(loop, watched=True)
-        for warm in (plain, watched):
-            warm.seconds()
-        turns = [_pair(plain, watched, first=i % 2) for i in range(pairs)]
-        percent = [100 * (w / p - 1) for p, w in turns]
+        turns = Turns(loop)
+        turns.pair(watched_first=False)
+        seconds = [turns.pair(watched_first=i % 2 > 0) for i in range(pairs)]
+        percent = [100 * (watched / plain - 1) for plain, watched in seconds]
         low, middle, high = statistics.quantiles(percent, n=4)
-        before, after = (statistics.median(side) for side in zip(*turns, strict=True))
+        before, after = (statistics.median(side) for side in zip(*seconds, strict=True))
         note = f"quartiles {low:.1f} to {high:.1f} %"
         ours, peer = f"{1e3 * after:.3f} ms", f"{1e3 * before:.3f} ms"
         yield Row(f"watched step: {loop.name}", ours, peer, middle, MOST, at_most=True, unit=" %", note=note)
-
-
-def _pair(plain: Turns, watched: Turns, *, first: int) -> tuple[float, float]:
-    """Seconds of a step in two turns next to each other, in either order."""
-    if first:
-        after = watched.seconds()
-        return plain.seconds(), after
-    return plain.seconds(), watched.seconds()
 
 
 def main() -> None:
