@@ -9,34 +9,25 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from functools import cache, wraps
 from threading import get_ident
 from types import CodeType, FrameType, TracebackType
 from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor, nn
-from torch._C import _current_graph_task_id as _graph_task
-from torch.autograd.graph import GradientEdge
-from torch.compiler import is_dynamo_compiling
-from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from recipefuzz.diagnose.history import History
+from recipefuzz.diagnose.listeners import BACKWARD_FRAMES, STEP_FRAMES, after_backward, before_steps
 from recipefuzz.diagnose.moment import Moment
 from recipefuzz.diagnose.own_step import Aside, Stage, Step, diagnose, message
 from recipefuzz.diagnose.rerun import Calls, calls, is_user_frame, steady, user_place
+from recipefuzz.diagnose.watched_call import WatchedCall
 from recipefuzz.diagnosis import Diagnosis
 
-MODEL_FRAMES = 2  # from `_WatchedCall` to who calls the model: from torch 2.6 on the other is its own
-PLACE = "_compiled_call_impl"  # of a module, which its copies and checkpoints don't take along
-BACKWARD_FRAMES = 2  # from `_backward` to who calls the function that it stands behind
 NOTED = 16  # of so many of the optimizer's steps one is looked at where it is called: it's nearly always there
 UPDATE_DEPTH = 2  # frames from the optimizer's wrapper to the user's loop: a scheduler's
-TOLD = "_recipefuzz_tells"  # of what stands in the place of `torch.autograd.backward`: whom it tells
-NO_TASK = -1
-STEP_FRAMES = 3  # from `_before_step` to who calls the optimizer
 SKIPS = 30  # bad steps in a row that a gradient scaler may skip: after them its scale is 1e9 times smaller
 
 
@@ -89,13 +80,13 @@ class LoopWatch:
         parameters = self._parameters()
         self._history = History(parameters)
         self._moment = Moment(self._model, parameters, self._frame, self._history.held)
-        self._call = _WatchedCall(self._model, self._moment)
+        self._call = WatchedCall(self._model, self._moment)
         with ExitStack() as hooks:
             hooks.enter_context(self._call)
-            _tell_of_steps()
             _watching[id(self)] = self
             hooks.callback(_watching.pop, id(self))
-            hooks.enter_context(_after_backward(self._backward))
+            hooks.enter_context(before_steps(self._before_step))
+            hooks.enter_context(after_backward(self._backward))
             self._hooks = hooks.pop_all()
         return self
 
@@ -147,9 +138,9 @@ class LoopWatch:
         if self._in_closure or self._skipped >= SKIPS:
             self._report(self._pending)
 
-    def _steps_with(self, optimizer: torch.optim.Optimizer) -> bool:
+    def _takes_over(self, optimizer: torch.optim.Optimizer) -> bool:
         """Whether another optimizer has taken the place of the watched one: made anew in the loop, or in a wrapper."""
-        if self._stage is not None or self._in_closure or not (self._backward_seen or self.diagnosis):
+        if self._in_closure or not (self._backward_seen or self.diagnosis):
             return False
         if self._members.keys().isdisjoint(_members(optimizer)):
             return False
@@ -157,7 +148,8 @@ class LoopWatch:
         return True
 
     def _before_step(self, optimizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if self._stage is not None:
+        """An optimizer, not always the watched one, begins a step."""
+        if self._stage is not None or not (optimizer is self._optimizer or self._takes_over(optimizer)):
             return
         if self.diagnosis is None:
             if self.steps % NOTED == 0:
@@ -217,121 +209,12 @@ class LoopWatch:
             raise message(found)
 
 
-class _WatchedCall:
-    """What a model is called through while it is watched, in the place where `Module.compile` puts its own.
-
-    A forward pre-hook would cost 5 us more a step, and would go with every copy and checkpoint of the model.
-
-    Attributes:
-        stage: of a replay, which says what the model is to be called with.
-    """
-
-    def __init__(self, model: nn.Module, moment: Moment) -> None:
-        self.stage: Stage | Aside | None = None
-        self._model, self._moment, self._attributes = model, moment, vars(model)
-        self._earlier = self._attributes.get(PLACE)
-        self._call = self._earlier or model._call_impl
-        self._thread = get_ident()
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if not is_dynamo_compiling():
-            if get_ident() != self._thread and (replica := self._replica(sys._getframe(1))):
-                return replica._call_impl(*args, **kwargs)
-            if self.stage is not None:
-                args, kwargs = self.stage.inputs(args, kwargs)
-            elif torch.is_grad_enabled():
-                self._moment.enter(args, kwargs, sys._getframe(MODEL_FRAMES))
-        return self._call(*args, **kwargs)
-
-    def _replica(self, frame: FrameType) -> nn.Module | None:
-        """The model's copy that is being called, with its attributes: `nn.DataParallel` runs one a GPU, in a thread."""
-        called = frame.f_locals.get("self")
-        return called if called is not self._model and isinstance(called, nn.Module) else None
-
-    def __enter__(self) -> None:
-        self._attributes[PLACE] = self
-
-    def __exit__(self, *_: object) -> None:
-        """Watches of one model may end in any order: a later one calls what this one did."""
-        later = self._attributes.get(PLACE)
-        while isinstance(later, _WatchedCall) and later is not self:
-            if later._earlier is self:
-                later._earlier, later._call = self._earlier, self._call
-            later = later._earlier
-        if later is self and self._attributes[PLACE] is self:
-            del self._attributes[PLACE]
-            if self._earlier is not None:
-                self._attributes[PLACE] = self._earlier
-
-    def __deepcopy__(self, _memo: Any) -> None:
-        """A copy of the module is not watched."""
-
-    def __reduce__(self) -> tuple[type[None], tuple[()]]:
-        return type(None), ()
-
-
 def _is_skipped(optimizer: torch.optim.Optimizer) -> bool:
     """Whether a gradient scaler leaves the skipping of bad steps to the optimizer itself, a fused one."""
     return getattr(optimizer, "found_inf", None) is not None
 
 
-_watching: dict[int, LoopWatch] = {}
-
-
-@cache
-def _tell_of_steps() -> None:
-    """For good: torch's dictionary of such hooks must not change while another thread's optimizer goes through it."""
-
-    def begins(optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if not is_dynamo_compiling():
-            for watch in tuple(_watching.values()):
-                if optimizer is watch._optimizer or watch._steps_with(optimizer):
-                    watch._before_step(optimizer, args, kwargs)
-
-    register_optimizer_step_pre_hook(begins)
-
-
-Told = Callable[[Tensor | None], None]
-
-
-@contextmanager
-def _after_backward(then: Told) -> Iterator[None]:
-    """Call it with the loss after each backward pass, `Tensor.backward()` and `torch.autograd.backward` alike.
-
-    Watches share one function in the place of torch's, so that they may end in any order: those of two threads do.
-    """
-    told: dict[int, Told] = getattr(torch.autograd.backward, TOLD, None) or _listened()
-    told[id(then)] = then
-    try:
-        yield
-    finally:
-        del told[id(then)]
-        if not told and getattr(torch.autograd.backward, TOLD, None) is told:
-            torch.autograd.backward = getattr(torch.autograd.backward, "__wrapped__")  # noqa: B009 - unknown to mypy
-
-
-def _listened() -> dict[int, Told]:
-    """Put a function in the place of torch's; who is told of its calls."""
-    original, told = torch.autograd.backward, dict[int, Told]()
-
-    @wraps(original)
-    def backward(tensors: Any, grad_tensors: Any = None, *args: Any, **kwargs: Any) -> None:
-        original(tensors, grad_tensors, *args, **kwargs)
-        if is_dynamo_compiling() or _graph_task() != NO_TASK:  # in another's backward pass: a reentrant checkpoint's
-            return
-        loss = tensors if grad_tensors is None and isinstance(tensors, Tensor) else _loss(tensors)
-        for then in tuple(told.values()):
-            then(loss)
-
-    setattr(backward, TOLD, told)
-    torch.autograd.backward = backward
-    return told
-
-
-def _loss(tensors: Any) -> Tensor | None:
-    """What a backward pass began with; None if it isn't one real number."""
-    first = tensors if isinstance(tensors, (Tensor, GradientEdge)) else tensors[0]
-    return first if isinstance(first, Tensor) and first.numel() == 1 and not first.is_complex() else None
+_watching: dict[int, LoopWatch] = {}  # those that have begun and not ended
 
 
 def _members(optimizer: Any) -> dict[Tensor, None]:
