@@ -98,6 +98,37 @@ def build():
     return Model()
 """
 
+VECTORS = """
+def load():
+    x = torch.randint(0, 20, (48, 2), generator=torch.Generator().manual_seed(0))
+    x[x == 3] = 2
+    x[7, 0] = 3
+    y = x[:, :1] / 20
+    return x[:40], y[:40], x[40:], y[40:]
+
+
+def vectors():
+    v = torch.randn(20, 4, generator=torch.Generator().manual_seed(0))
+    v[3] = 0
+    return v / v.norm(dim=1, keepdim=True)
+
+
+class Model(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.words = nn.Embedding.from_pretrained(vectors(), freeze=FREEZE)
+        self.linear = nn.Linear(4, 1)
+
+    def forward(self, x):
+        return self.linear(self.words(x).sum(1))
+
+
+def build():
+    return Model()
+"""
+UNIT = "return v / v.norm(dim=1, keepdim=True)"
+FROM_FILE = "return torch.from_numpy((v / v.norm(dim=1, keepdim=True)).numpy().copy())"  # numpy's copy is not seen
+
 PARTIAL = """
 def load():
     x = torch.randn(49, 3, generator=torch.Generator().manual_seed(0))
@@ -158,6 +189,58 @@ def test_a_trial_explained(name, write_study):
     assert bool(record["advice"]) is (record["root"] == "code")
     again = Diagnosis.from_record(record)
     assert again.record(found.recipe.values()) == found.diagnosis.record(found.recipe.values())
+
+
+@pytest.mark.parametrize("freeze", [True, False])
+def test_weights_that_the_model_is_built_with(freeze, write_study):
+    """Frozen ones fail at the step that reads them, others at once; the line that made them is named."""
+    found = diagnose(write_study(VECTORS.replace("FREEZE", str(freeze)), more(4, lr=0.1))).diagnosis
+    assert (found.root, found.cause, found.phase, found.op) == ("code", "division_by_zero", "data", "div")
+    assert found.source == UNIT
+    assert (found.step > 1) is freeze
+    assert "as the model was built, div at case.py:" in found.explanation
+    assert not found.fixes
+
+
+@pytest.mark.parametrize(("freeze", "phase"), [(True, "forward"), (False, "data")])
+def test_weights_that_come_from_elsewhere(freeze, phase, write_study):
+    code = VECTORS.replace("FREEZE", str(freeze)).replace(UNIT, FROM_FILE)
+    found = diagnose(write_study(code, more(4, lr=0.1))).diagnosis
+    assert (found.root, found.cause, found.phase) == ("data", "data_nonfinite", phase)
+    assert "4 of 80 NaN), which was so before the first step" in found.explanation
+    assert "came in with parameter words.weight" in found.explanation
+    assert found.source == ("return self.linear(self.words(x).sum(1))" if freeze else "")
+    assert not found.fixes
+    assert "a file that was saved after a NaN" in found.advice
+
+
+CONSTANT = """
+SCALE = torch.tensor([1.0, float("nan"), 1.0])
+
+
+class Model(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(3, 1)
+
+    def forward(self, x):
+        return self.linear(x / SCALE)
+
+
+def build():
+    return Model()
+
+
+def load():
+    x = torch.randn(48, 3, generator=torch.Generator().manual_seed(0))
+    return x[:40], x[:40, :1], x[40:], x[40:, :1]
+"""
+
+
+def test_a_constant_of_the_code(write_study):
+    found = diagnose(write_study(CONSTANT, more(4, lr=0.1))).diagnosis
+    assert (found.root, found.cause, found.phase, found.op) == ("data", "data_nonfinite", "forward", "div")
+    assert found.source == "return self.linear(x / SCALE)"
 
 
 def test_numbers_of_the_step_are_in_the_explanation(write_study):

@@ -76,7 +76,7 @@ def _explained(patient: Patient, failure: Failure, health: Health) -> Diagnosis:
         cause = explosion(
             phase, health, recipe.optimizer, recipe.init_scale, recurrent=failure.recurrent, mended_by=working
         )
-    elif cause == "data_nonfinite":
+    elif failure.origin.outside in ("x", "y"):
         mended = patient.converges(_without_bad_rows(patient.task))
     elif failure.origin.event is not None:
         mended = _with_line_mended(patient, failure)
@@ -124,9 +124,10 @@ def diagnosis_of(
 ) -> Diagnosis:
     """A failure in words."""
     origin = failure.origin
-    event = origin.event
+    event = origin.place
     spot = event.spot if event else None
-    data = cause == "data_nonfinite"
+    unread = spot is not None and spot.phase == "optimizer"  # weights that only their update was seen to read
+    data = cause == "data_nonfinite" and (unread or not origin.is_models)
     operation = (event.forward.op if event.forward else event.spot.op) if event else ""
     return Diagnosis(
         Label.NAN,
@@ -140,7 +141,7 @@ def diagnosis_of(
         step=failure.step,
         explanation="; ".join(
             [
-                wording.happened(origin, cause, failure.step, failure.symptom, failure.rows),
+                wording.happened(failure, cause),
                 wording.health_words(health),
                 *([wording.MENDED[cause == "data_nonfinite"]] if mended else []),
                 *([f"then the code raised {failure.raised}"] if failure.raised else []),
@@ -148,6 +149,6 @@ def diagnosis_of(
         ),
         evidence={**vars(health), "symptom": failure.symptom, "mended": mended},
         chain=tuple(wording.place(e) for e in origin.chain),
-        advice=wording.advice(cause, event) if root is not Root.RECIPE else "",
+        advice=wording.advice(cause, origin) if root is not Root.RECIPE else "",
         fixes=fixes,
     )
