@@ -8,6 +8,7 @@ from recipefuzz.diagnose.explosions import Health
 from recipefuzz.diagnose.origin import Origin
 from recipefuzz.diagnose.replay import Failure
 from recipefuzz.diagnose.watching import Event
+from recipefuzz.verdict import times
 
 ADVICE = {
     "data_nonfinite": "drop or fill those rows where the data are loaded",
@@ -133,5 +134,5 @@ def health_words(health: Health) -> str:
     """How training was before."""
     if health.step == 1:
         return "before any update"
-    words = f"before it the weights were {health.swell:.3g} times their first size and the loss {health.loss:.3g}"
+    words = f"before it the weights were {times(health.swell)} their first size and the loss {health.loss:.3g}"
     return f"{words} (at first {health.first_loss:.3g})"
