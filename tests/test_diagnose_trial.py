@@ -279,7 +279,15 @@ def test_a_cell_of_the_data(side, write_study):
     assert (found.op, found.file, found.fixes) == ("", "", ())
     assert f"{side}_train" in found.explanation
     assert "row 13" in found.explanation
-    assert found.advice
+    assert found.advice.startswith("drop or fill those rows")
+
+
+def test_a_cell_that_spread_to_all_rows(write_study):
+    code = CELL.format(side="y").replace("    return x[:40]", "    y = y - y.mean()\n    return x[:40]")
+    found = diagnose(write_study(code, more(lr=0.1))).diagnosis
+    assert (found.root, found.cause) == ("data", "data_nonfinite")
+    assert "40 such values in 40 rows" in found.explanation
+    assert found.advice.startswith("no row is spared: look for a statistic")
 
 
 @pytest.mark.parametrize("side", ["x", "y"])
@@ -574,7 +582,28 @@ def test_what_is_tried_depends_on_recipe_and_task():
     assert [v["norm"] for v in found if "norm" in v] == ["batch"]
     assert {"precision": "fp32"} in found
     assert {"target_norm": "standardize"} in found
-    assert not any("input_norm" in v or "warmup_steps" in v for v in found)
+    assert not any("input_norm" in v or "warmup_steps" in v or "weight_decay" in v for v in found)
+
+
+def test_weight_decay_that_blows_the_weights_up(write_study):
+    """Each step takes three times the weights from them, whatever the gradient is."""
+    found = diagnose(write_study("", more(lr=0.3, weight_decay=10.0))).diagnosis
+    assert (found.verdict, found.root, found.cause) == ("nan", "recipe", "exploding_parameters")
+    assert found.fix is not None
+    assert found.fix.values == {"weight_decay": 0.0}
+
+
+def test_changes_that_barely_learn_come_after_the_others_that_work():
+    fixes = [
+        Fix("clip", {}, Label.CONVERGING, 0.31, 3, 3),
+        Fix("lr", {}, Label.CONVERGING, 0.9, 3, 3),
+        Fix("init", {}, Label.CONVERGING, 0.5, 3, 3),
+        Fix("lucky", {}, Label.CONVERGING, 0.99, 3, 2),
+        Fix("unknown", {}, Label.CONVERGING, None, 3, 3),
+        Fix("norm", {}, Label.NAN),
+    ]
+    assert [f.change for f in remedies.barely_last(fixes)] == ["lr", "init", "unknown", "clip", "lucky", "norm"]
+    assert remedies.barely_last(()) == ()
 
 
 def test_pairs_scale_only_what_can_be_scaled():
@@ -772,10 +801,10 @@ def test_a_search_explains_its_failures_and_keeps_what_it_found(study, monkeypat
     assert "a trial from 0 to 7" in err
 
     # a resumed search does not ask again
-    monkeypatch.setattr(searched, "diagnose_stored", lambda *_: pytest.fail("it is known"))
-    again = recipefuzz.search(study)
-    assert again.diagnoses == result.diagnoses
-    monkeypatch.undo()
+    with monkeypatch.context() as patch:
+        patch.setattr(searched, "diagnose_stored", lambda *_: pytest.fail("it is known"))
+        again = recipefuzz.search(study)
+        assert again.diagnoses == result.diagnoses
 
     # a damaged file is as good as none
     for rubbish in ("{", "[]", '{"0": {}}', '{"x": 1}', ""):

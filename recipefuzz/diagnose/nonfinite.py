@@ -23,6 +23,7 @@ from recipefuzz.verdict import Label
 def of_data(patient: Patient, finding: NonFinite) -> Diagnosis:
     """Rows that break any recipe, found before training."""
     trains = finding.name.endswith("_train")
+    side = patient.task.train if trains else patient.task.test
     text = f"{finding}: {finding.found}"
     if trains and patient.converges(_without_bad_rows(patient.task)):
         text += f"; {wording.MENDED[True]}"
@@ -33,7 +34,7 @@ def of_data(patient: Patient, finding: NonFinite) -> Diagnosis:
         phase="data",
         explanation=text,
         evidence={"name": finding.name, "rows": finding.rows, "column": finding.column, "count": finding.count},
-        advice=wording.ADVICE["data_nonfinite"],
+        advice=wording.ADVICE_OF_ALL_ROWS if finding.total_rows == len(side) > 1 else wording.ADVICE["data_nonfinite"],
     )
 
 
@@ -92,8 +93,8 @@ def _recipe_fixes(patient: Patient) -> tuple[Fix, ...]:
     steps = patient.config.trial.steps
     fixes = patient.remedied(remedies.for_failure(patient.recipe, applies, steps))
     if any(f.works for f in fixes):
-        return fixes
-    return (*patient.remedied(remedies.together(patient.recipe, applies)), *fixes)
+        return remedies.barely_last(fixes)
+    return (*remedies.barely_last(patient.remedied(remedies.together(patient.recipe, applies))), *fixes)
 
 
 def _without_bad_rows(task: Task) -> Task:

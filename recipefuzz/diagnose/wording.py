@@ -49,6 +49,10 @@ ADVICE_OF_NAN = (
     "a NaN is written there, not computed: torch.logdet gives it for a negative determinant "
     "(torch.linalg.slogdet(w).logabsdet), else the code fills it in"
 )
+ADVICE_OF_ALL_ROWS = (
+    "no row is spared: look for a statistic that was computed with one missing value (use nanmean, nanstd), or a "
+    "division by a range or standard deviation of 0 (a column that never changes: leave it out)"
+)
 ADVICE_OF_GIVEN = (
     "look at where these values come from: a file that was saved after a NaN, a division by a count, norm or standard "
     "deviation of 0"
