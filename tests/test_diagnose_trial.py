@@ -259,6 +259,40 @@ def test_the_last_batch_is_told_as_ahead(write_study):
     assert diagnose(write_study(with_full_batches, more(lr=0.1))).diagnosis.cause == ""
 
 
+EVALUATION = """
+class Scale(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("spread", torch.START(3))
+
+    def forward(self, x):
+        spread = x.std(0) if self.training else self.spread
+        return x / spread
+
+
+def build():
+    return nn.Sequential(Scale(), nn.Linear(3, 1))
+
+
+def load():
+    x = torch.randn(48, 3, generator=torch.Generator().manual_seed(0))
+    return x[:40], x[:40].sum(1, keepdim=True), x[40:], x[40:].sum(1, keepdim=True)
+"""
+
+
+@pytest.mark.parametrize("start", ["zeros", "ones"])
+def test_a_held_out_loss_that_only_eval_mode_breaks(start, write_study):
+    found = diagnose(write_study(EVALUATION.replace("START", start), more(lr=0.1))).diagnosis
+    if start == "ones":
+        assert (found.verdict, found.cause) == ("converging", "")
+        return
+    assert (found.verdict, found.root, found.cause, found.op) == ("converging", "code", "division_by_zero", "div")
+    assert (found.source, found.module) == ("return x / spread", "0")
+    assert found.explanation.startswith(
+        "the trial itself converges, but in eval mode the held-out loss is not finite: "
+    )
+
+
 CELL = """
 def load():
     x = torch.randn(48, 3, generator=torch.Generator().manual_seed(0))

@@ -54,15 +54,15 @@ def not_finite(patient: Patient, outcome: Outcome) -> Diagnosis:
 
 
 def ahead(failure: Failure, outcome: Outcome) -> Diagnosis:
-    """A trial that converges, and a batch of the user's own epochs that would break it."""
+    """A trial that converges, and a batch of the user's own epochs that would break it, or the held-out loss."""
     cause = cause_of(failure.origin)
     health = Health.of(outcome.trace, outcome.baseline)
     root = Root.DATA if cause == "data_nonfinite" else Root.CODE
     found = diagnosis_of(failure, health, cause if cause != OVERFLOW else "exploding_activations", root, None, ())
     rows = len(failure.rows)
-    text = f"the trial itself converges, but an epoch over all rows meets a batch of {rows} "
-    text += f"{'row' if rows == 1 else 'rows'} that is not finite: {found.explanation}"
-    return replace(found, verdict=Label.CONVERGING, explanation=text)
+    batch = f"an epoch over all rows meets a batch of {rows} {'row' if rows == 1 else 'rows'} that"
+    text = f"the trial itself converges, but {batch if rows else 'in eval mode the held-out loss'} is not finite: "
+    return replace(found, verdict=Label.CONVERGING, explanation=text + found.explanation)
 
 
 def _explained(patient: Patient, failure: Failure, health: Health) -> Diagnosis:

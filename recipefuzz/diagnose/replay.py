@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from recipefuzz.diagnose.origin import Origin, origin_of
 from recipefuzz.diagnose.tensors import Stats, is_finite, tensors
 from recipefuzz.diagnose.watching import Watch
 from recipefuzz.engines import prepare
-from recipefuzz.engines.sequential import Stepper, flushed_denormals, one_thread, with_own_loss
+from recipefuzz.engines.sequential import Stepper, flushed_denormals, heldout_batches, one_thread, with_own_loss
 from recipefuzz.errors import RAISED, describe_exception
 from recipefuzz.recipe import Recipe
 from recipefuzz.targets.seeding import seeded, undisturbed
@@ -85,7 +86,7 @@ class Replay:
             self.done += 1
             with undisturbed(self.device), torch.no_grad(), prepare.autocast(self.recipe, self.device):
                 torch.set_rng_state(before)
-                raised += bool(self.task.loss(self.model(x), y) > loss)
+                raised += bool(self._loss(x, y) > loss)
         return raised
 
     def watched(self) -> Failure | None:
@@ -96,12 +97,25 @@ class Replay:
         rows = tuple(batch.tolist())
         return watched_step(self.model, lambda: self.stepper.step(x, y), x, y, self.done, rows, may_raise=True)
 
+    def watched_evaluation(self, rows: Rows) -> Failure | None:
+        """The loss of held-out rows in eval mode, watched; None if it is finite."""
+        self.model.eval()
+        with torch.no_grad():
+            for _, x, y in heldout_batches(rows):
+                failure = watched_step(self.model, partial(self._loss, x, y), x, y, self.done)
+                if failure is not None:
+                    return failure
+        return None
+
+    def _loss(self, x: Any, y: Any) -> Tensor:
+        return self.task.loss(self.model(x), y)
+
     def loss_and_gradients(self, batch: Tensor) -> Tensor:
         """Forward and backward pass on some rows, without an update; the loss, a scalar on the device."""
         x, y = self._rows.take(batch.to(self._rows.index_device))
         self.model.zero_grad()
         with prepare.autocast(self.recipe, self.device):
-            loss = self.task.loss(self.model(x), y)
+            loss = self._loss(x, y)
         loss.backward()
         return loss.detach()
 
