@@ -173,10 +173,11 @@ def _hardly_moves(e: Evidence) -> Verdict | None:
     out_of_reach = (lazy or e.used >= HALFWAY) and e.recent.high + growth * e.reach < SOME
     if not out_of_reach and not (lazy and _hopeless(e)):
         return None
+    moved = f"the weights by {e.path:.1g} of their size" * lazy
+    reached = f"the loss by {e.reach:.1g} of the baseline at most" * out_of_reach
     text = (
-        f"skill {e.recent.mean:.3f} after {e.steps} steps, and {e.horizon} such steps are too small to get anywhere: "
-        f"they move the weights by {e.path:.1g} of their size"
-        + (f", and the loss by {e.reach:.1g} of the baseline at most" if out_of_reach else "")
+        f"skill {_shown(e.recent.mean)} after {e.steps} steps, and {e.horizon} such steps are too small to get "
+        f"anywhere: they move {', and '.join(filter(None, (moved, reached)))}"
     )
     # far above a constant's loss, and not on its way down: it is not small steps that keep it there
     return _stalled(e, text, "unknown" if e.now.high < FAR_BELOW and not e.falling else "lr_too_low")
@@ -215,7 +216,7 @@ def _may_overflow(e: Evidence) -> bool:
 def _thrown(e: Evidence) -> Verdict | None:
     if e.swell < SWOLLEN or _may_overflow(e):
         return None
-    text = f"no better than a constant prediction; the weights were thrown to {e.swell:.3g} times their size"
+    text = f"no better than a constant prediction; the weights were thrown to {times(e.swell)} their size"
     if e.used >= HALFWAY and e.half.high < FLAT and not e.falling:
         return _stalled(e, text, "lr_too_high")
     return _stalled(e, text, "lr_too_high") if e.used >= 1 and not _may_get_there(e) else None
@@ -230,18 +231,28 @@ def _flat(e: Evidence) -> Verdict | None:
     if not weak and not below and (e.used < PATIENCE or e.now.high >= FLAT):
         return None
     cause = "vanishing_gradients" if e.gradient < VANISHED else "unknown"
-    text = f"no better than a constant prediction after {e.steps} steps: skill {e.half.mean:.3f} and flat"
+    text = f"no better than a constant prediction after {e.steps} steps: skill {_shown(e.half.mean)} and flat"
     return _stalled(e, text, cause)
 
 
 def _horizon(e: Evidence) -> Verdict | None:
     if e.steps < e.horizon:
         return None
-    text = f"skill {e.now.mean:.3f} after all {e.steps} steps"
+    text = f"skill {_shown(e.now.mean)} after all {e.steps} steps"
     return _converging(e, text) if e.now.mean >= MIDDLE else _stalled(e, text, "unknown")
 
 
 RULES = (_learned, _rising, _levels_off, _out_of_patience, _hardly_moves, _blown_up, _thrown, _flat, _horizon)
+
+
+def _shown(skill: float) -> str:
+    """Of a run that blew up it has more digits than anyone reads."""
+    return f"{skill:.3f}" if abs(skill) < 1e3 else f"{skill:.3g}"
+
+
+def times(swell: float) -> str:
+    """How often the weights' first size goes into their size; norms above 1e19 are infinite, their squares being so."""
+    return f"{swell:.3g} times" if np.isfinite(swell) else "over 1e15 times"
 
 
 def _not_finite(trace: Trace) -> Verdict:
@@ -254,7 +265,7 @@ def _not_finite(trace: Trace) -> Verdict:
     text = f"{what} is not finite at step {step}"
     evidence = {"step": float(step), "first_loss": start, "loss_before": float(before), "swell": swell}
     if swell >= SWOLLEN:
-        text += f"; the weights had grown to {swell:.3g} times their size"
+        text += f"; the weights had grown to {times(swell)} their size"
         return Verdict(Label.NAN, text, "exploding_parameters", evidence)
     known = trace.grad_norm[np.isfinite(trace.grad_norm)]
     if len(known) > 1 and float(known.max()) > BURST * median(known):

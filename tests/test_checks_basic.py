@@ -124,7 +124,7 @@ def test_no_false_alarm_on_built_in_models(write_study, name, model, loss, recip
 ONES = torch.ones(200, dtype=torch.long)
 TOKENS = torch.randint(0, 50, (200, 9), generator=torch.Generator().manual_seed(0))
 DATA_FAULTS = {
-    "nan row": (with_data(put(X, (7, 2), float("nan"))), Level.FAIL, "x_train .* row 7, column 2 .*1 such values"),
+    "nan row": (with_data(put(X, (7, 2), float("nan"))), Level.FAIL, "x_train .* row 7, column 2 .*1 such value "),
     "nan held out": (with_data(x_test=put(X_TEST, 3, float("inf"))), Level.FAIL, "x_test .* row 3"),
     "constant": (with_data(put(X, (slice(None), 4), 0.5)), Level.WARN, "1 of 6 .* column 4 is 0.5"),
     "equal": (with_data(put(X, (slice(None), 4), X[:, 1])), Level.WARN, "equal in all rows: 1 = 4"),

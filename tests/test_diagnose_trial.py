@@ -98,6 +98,37 @@ def build():
     return Model()
 """
 
+VECTORS = """
+def load():
+    x = torch.randint(0, 20, (48, 2), generator=torch.Generator().manual_seed(0))
+    x[x == 3] = 2
+    x[7, 0] = 3
+    y = x[:, :1] / 20
+    return x[:40], y[:40], x[40:], y[40:]
+
+
+def vectors():
+    v = torch.randn(20, 4, generator=torch.Generator().manual_seed(0))
+    v[3] = 0
+    return v / v.norm(dim=1, keepdim=True)
+
+
+class Model(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.words = nn.Embedding.from_pretrained(vectors(), freeze=FREEZE)
+        self.linear = nn.Linear(4, 1)
+
+    def forward(self, x):
+        return self.linear(self.words(x).sum(1))
+
+
+def build():
+    return Model()
+"""
+UNIT = "return v / v.norm(dim=1, keepdim=True)"
+FROM_FILE = "return torch.from_numpy((v / v.norm(dim=1, keepdim=True)).numpy().copy())"  # numpy's copy is not seen
+
 PARTIAL = """
 def load():
     x = torch.randn(49, 3, generator=torch.Generator().manual_seed(0))
@@ -160,6 +191,58 @@ def test_a_trial_explained(name, write_study):
     assert again.record(found.recipe.values()) == found.diagnosis.record(found.recipe.values())
 
 
+@pytest.mark.parametrize("freeze", [True, False])
+def test_weights_that_the_model_is_built_with(freeze, write_study):
+    """Frozen ones fail at the step that reads them, others at once; the line that made them is named."""
+    found = diagnose(write_study(VECTORS.replace("FREEZE", str(freeze)), more(4, lr=0.1))).diagnosis
+    assert (found.root, found.cause, found.phase, found.op) == ("code", "division_by_zero", "data", "div")
+    assert found.source == UNIT
+    assert (found.step > 1) is freeze
+    assert "as the model was built, div at case.py:" in found.explanation
+    assert not found.fixes
+
+
+@pytest.mark.parametrize(("freeze", "phase"), [(True, "forward"), (False, "data")])
+def test_weights_that_come_from_elsewhere(freeze, phase, write_study):
+    code = VECTORS.replace("FREEZE", str(freeze)).replace(UNIT, FROM_FILE)
+    found = diagnose(write_study(code, more(4, lr=0.1))).diagnosis
+    assert (found.root, found.cause, found.phase) == ("data", "data_nonfinite", phase)
+    assert "4 of 80 NaN), which was so before the first step" in found.explanation
+    assert "came in with parameter words.weight" in found.explanation
+    assert found.source == ("return self.linear(self.words(x).sum(1))" if freeze else "")
+    assert not found.fixes
+    assert "a file that was saved after a NaN" in found.advice
+
+
+CONSTANT = """
+SCALE = torch.tensor([1.0, float("nan"), 1.0])
+
+
+class Model(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(3, 1)
+
+    def forward(self, x):
+        return self.linear(x / SCALE)
+
+
+def build():
+    return Model()
+
+
+def load():
+    x = torch.randn(48, 3, generator=torch.Generator().manual_seed(0))
+    return x[:40], x[:40, :1], x[40:], x[40:, :1]
+"""
+
+
+def test_a_constant_of_the_code(write_study):
+    found = diagnose(write_study(CONSTANT, more(4, lr=0.1))).diagnosis
+    assert (found.root, found.cause, found.phase, found.op) == ("data", "data_nonfinite", "forward", "div")
+    assert found.source == "return self.linear(x / SCALE)"
+
+
 def test_numbers_of_the_step_are_in_the_explanation(write_study):
     text = diagnose(write_study(LOG, more(4, lr=0.02))).diagnosis.explanation
     assert "log at case.py:" in text
@@ -174,6 +257,40 @@ def test_the_last_batch_is_told_as_ahead(write_study):
     assert text.startswith("the trial itself converges, but an epoch over all rows meets a batch of 1 row that")
     with_full_batches = PARTIAL.replace("49", "48").replace("41", "40")
     assert diagnose(write_study(with_full_batches, more(lr=0.1))).diagnosis.cause == ""
+
+
+EVALUATION = """
+class Scale(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("spread", torch.START(3))
+
+    def forward(self, x):
+        spread = x.std(0) if self.training else self.spread
+        return x / spread
+
+
+def build():
+    return nn.Sequential(Scale(), nn.Linear(3, 1))
+
+
+def load():
+    x = torch.randn(48, 3, generator=torch.Generator().manual_seed(0))
+    return x[:40], x[:40].sum(1, keepdim=True), x[40:], x[40:].sum(1, keepdim=True)
+"""
+
+
+@pytest.mark.parametrize("start", ["zeros", "ones"])
+def test_a_held_out_loss_that_only_eval_mode_breaks(start, write_study):
+    found = diagnose(write_study(EVALUATION.replace("START", start), more(lr=0.1))).diagnosis
+    if start == "ones":
+        assert (found.verdict, found.cause) == ("converging", "")
+        return
+    assert (found.verdict, found.root, found.cause, found.op) == ("converging", "code", "division_by_zero", "div")
+    assert (found.source, found.module) == ("return x / spread", "0")
+    assert found.explanation.startswith(
+        "the trial itself converges, but in eval mode the held-out loss is not finite: "
+    )
 
 
 CELL = """
@@ -196,7 +313,15 @@ def test_a_cell_of_the_data(side, write_study):
     assert (found.op, found.file, found.fixes) == ("", "", ())
     assert f"{side}_train" in found.explanation
     assert "row 13" in found.explanation
-    assert found.advice
+    assert found.advice.startswith("drop or fill those rows")
+
+
+def test_a_cell_that_spread_to_all_rows(write_study):
+    code = CELL.format(side="y").replace("    return x[:40]", "    y = y - y.mean()\n    return x[:40]")
+    found = diagnose(write_study(code, more(lr=0.1))).diagnosis
+    assert (found.root, found.cause) == ("data", "data_nonfinite")
+    assert "40 such values in 40 rows" in found.explanation
+    assert found.advice.startswith("no row is spared: look for a statistic")
 
 
 @pytest.mark.parametrize("side", ["x", "y"])
@@ -491,7 +616,28 @@ def test_what_is_tried_depends_on_recipe_and_task():
     assert [v["norm"] for v in found if "norm" in v] == ["batch"]
     assert {"precision": "fp32"} in found
     assert {"target_norm": "standardize"} in found
-    assert not any("input_norm" in v or "warmup_steps" in v for v in found)
+    assert not any("input_norm" in v or "warmup_steps" in v or "weight_decay" in v for v in found)
+
+
+def test_weight_decay_that_blows_the_weights_up(write_study):
+    """Each step takes three times the weights from them, whatever the gradient is."""
+    found = diagnose(write_study("", more(lr=0.3, weight_decay=10.0))).diagnosis
+    assert (found.verdict, found.root, found.cause) == ("nan", "recipe", "exploding_parameters")
+    assert found.fix is not None
+    assert found.fix.values == {"weight_decay": 0.0}
+
+
+def test_changes_that_barely_learn_come_after_the_others_that_work():
+    fixes = [
+        Fix("clip", {}, Label.CONVERGING, 0.31, 3, 3),
+        Fix("lr", {}, Label.CONVERGING, 0.9, 3, 3),
+        Fix("init", {}, Label.CONVERGING, 0.5, 3, 3),
+        Fix("lucky", {}, Label.CONVERGING, 0.99, 3, 2),
+        Fix("unknown", {}, Label.CONVERGING, None, 3, 3),
+        Fix("norm", {}, Label.NAN),
+    ]
+    assert [f.change for f in remedies.barely_last(fixes)] == ["lr", "init", "unknown", "clip", "lucky", "norm"]
+    assert remedies.barely_last(()) == ()
 
 
 def test_pairs_scale_only_what_can_be_scaled():
@@ -689,10 +835,10 @@ def test_a_search_explains_its_failures_and_keeps_what_it_found(study, monkeypat
     assert "a trial from 0 to 7" in err
 
     # a resumed search does not ask again
-    monkeypatch.setattr(searched, "diagnose_stored", lambda *_: pytest.fail("it is known"))
-    again = recipefuzz.search(study)
-    assert again.diagnoses == result.diagnoses
-    monkeypatch.undo()
+    with monkeypatch.context() as patch:
+        patch.setattr(searched, "diagnose_stored", lambda *_: pytest.fail("it is known"))
+        again = recipefuzz.search(study)
+        assert again.diagnoses == result.diagnoses
 
     # a damaged file is as good as none
     for rubbish in ("{", "[]", '{"0": {}}', '{"x": 1}', ""):

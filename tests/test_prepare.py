@@ -303,6 +303,19 @@ def test_parameters_without_a_gradient_are_no_trouble():
         assert_same(trained(task_of(build), optimizer=kind), Plain(build, X, Y, ce, optimizer=kind))
 
 
+@pytest.mark.parametrize("kind", [nn.Embedding, nn.EmbeddingBag])
+@pytest.mark.parametrize("optimizer", ["momentum", "adam"])
+def test_embeddings_of_sparse_gradients_train_as_dense_ones_do(kind, optimizer):
+    """Adam and the gradient's norm take no sparse ones."""
+
+    def build(sparse=False):
+        return nn.Sequential(kind(7, 5, sparse=sparse), nn.Flatten(), nn.Linear(30 if kind is nn.Embedding else 5, 3))
+
+    ids, given = (X * 3).long() % 7, {"optimizer": optimizer, "clip_norm": 0.5}
+    trace = trained(task_of(lambda: build(sparse=True), x=ids), **given)
+    assert_same(trace, Plain(build, ids, Y, ce, **given))
+
+
 # --- normalization layers of models that don't take `norm`
 
 

@@ -471,11 +471,11 @@ def test_bad_data(write_study, code, loss, problem, shown):
 
 
 NON_FINITE = [
-    ("x[7, 1] = float('nan')", "x_train", "row 7, column 1", "nan; 1 such values in 1 rows"),
+    ("x[7, 1] = float('nan')", "x_train", "row 7, column 1", "nan; 1 such value in 1 row"),
     ("x[7:9] = float('inf'); x[30, 2] = float('nan')", "x_train", "row 7, column 0", "inf; 7 such values in 3 rows"),
-    ("y[39, 0] = -float('inf')", "y_train", "row 39, column 0", "-inf; 1 such values in 1 rows"),
-    ("x[43, 2] = float('nan')", "x_test", "row 3, column 2", "nan; 1 such values in 1 rows"),
-    ("y = y[:, 0]; y[5] = float('nan')", "y_train", "row 5 ", "nan; 1 such values in 1 rows"),
+    ("y[39, 0] = -float('inf')", "y_train", "row 39, column 0", "-inf; 1 such value in 1 row"),
+    ("x[43, 2] = float('nan')", "x_test", "row 3, column 2", "nan; 1 such value in 1 row"),
+    ("y = y[:, 0]; y[5] = float('nan')", "y_train", "row 5 ", "nan; 1 such value in 1 row"),
     ("x = x[:, :, None].repeat(1, 1, 2); x[4, 1, 1] = float('nan')", "x_train", "row 4, column 1, 1", "nan; 1 such"),
 ]
 

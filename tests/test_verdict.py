@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -76,6 +78,21 @@ def test_small_steps_say_how_far_the_loss_can_get_only_where_that_decides(gradie
     verdict, _ = decide(run(-20 + T * 1e-3, pace=1e-6, gradient=gradient))
     assert "too small to get anywhere: they move the weights by" in verdict.reason
     assert ("of the baseline at most" in verdict.reason) is said
+
+
+def test_long_steps_that_change_nothing_are_not_said_to_move_the_weights_little() -> None:
+    verdict, _ = decide(run(np.zeros(len(T)), pace=1.0, gradient=1e-9))
+    assert "they move the loss by" in verdict.reason
+    assert "the weights" not in verdict.reason
+
+
+def test_numbers_of_a_run_that_blew_up_are_short() -> None:
+    """A norm whose square left float32's range is infinite."""
+    verdict, _ = decide(run(np.full(len(T), -1e32), pace=1e-6))
+    assert "skill -1e+32 after" in verdict.reason
+    thrown = run(np.full(len(T), -0.01))
+    verdict, _ = decide(replace(thrown, param_norm=np.where(T == 1, 10.0, np.inf)))
+    assert "thrown to over 1e15 times their size" in verdict.reason
 
 
 @pytest.mark.parametrize(

@@ -760,6 +760,40 @@ def test_parameters_that_the_last_step_broke(tmp_path):
     assert found.source == "optimizer.step()"
 
 
+FROZEN = """
+class Model(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.words = nn.Embedding(9, 4).requires_grad_({trained})
+        self.words.weight.data[8] = float("nan")
+        self.head = nn.Linear(4, 1)
+
+    def forward(self, x):
+        return self.head(self.words(x))
+
+model = Model()
+optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+loader = [torch.randint(0, 8, (16,)) for _ in range(6)]
+loader[{at}][2] = 8
+with recipefuzz.watch(model, optimizer, stop=False) as w:
+    for x in loader:
+        loss = model(x).square().mean()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+"""
+
+
+@pytest.mark.parametrize(("trained", "at"), [(False, 3), (True, 0)])
+def test_parameters_that_were_given_so(tmp_path, trained, at):
+    """No update has left a frozen one so, nor any before the first: the learning rate is not to blame."""
+    found, _ = diagnosed(tmp_path, FROZEN.format(trained=trained, at=at))
+    assert (found.root, found.cause, found.step) == ("data", "data_nonfinite", at + 1)
+    assert found.source == "return self.head(self.words(x))"
+    assert "came in with parameter words.weight, which was so before the first step" in found.explanation
+    assert "learning rate" not in found.advice
+
+
 def test_without_source_the_forward_pass_is_replayed():
     names: dict[str, Any] = {}
     code = textwrap.dedent(

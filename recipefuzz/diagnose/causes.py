@@ -31,8 +31,8 @@ SOFTMAXES = ("softmax", "log_softmax", "masked_softmax", "safe_softmax")
 def cause_of(origin: Origin) -> str:
     """The cause, or `OVERFLOW`."""
     event = origin.event
-    if event is None:
-        return "data_nonfinite" if origin.outside in ("x", "y") else OVERFLOW
+    if event is None:  # rows, weights that were loaded so, a constant
+        return "data_nonfinite"
     if _is_half(event):
         return "half_precision_overflow"
     if any(not o.stats.finite for o in event.operands) or (event.makes_nan and any(map(math.isinf, event.scalars))):

@@ -1,16 +1,20 @@
 """What a trial that converges did not meet: rows that its random batches left out, and a last batch that is not full.
 
 A trial draws its rows with replacement, in full batches. The user's own loop goes through all rows, and ends each epoch
-with what is left of them.
+with what is left of them. And what it met without harm: a held-out loss that is not finite, since eval mode takes other
+ways through a model than training does.
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 
 from recipefuzz.diagnose.patient import Patient
 from recipefuzz.diagnose.replay import Failure, Replay
 from recipefuzz.errors import RAISED
+from recipefuzz.trace import Trace
 
 BATCHES = 64  # of an epoch, that are looked at: an epoch of most data sets that are tried in short trials
 
@@ -32,6 +36,16 @@ def hazard_of(patient: Patient) -> Failure | None:
             except RAISED:
                 continue
     return None
+
+
+def broken_evaluation(patient: Patient, trace: Trace) -> Failure | None:
+    """The first evaluation that was not finite, watched; costs one replay up to it, where there was one."""
+    step = next((steps for steps, loss in trace.heldout if not math.isfinite(loss)), None)
+    if step is None:
+        return None
+    with patient.replaying() as replay:
+        replay.run(step)
+        return replay.watched_evaluation(patient.heldout_rows)
 
 
 def _is_sound(replay: Replay, batch: torch.Tensor) -> bool:

@@ -23,6 +23,7 @@ from recipefuzz.verdict import Label
 def of_data(patient: Patient, finding: NonFinite) -> Diagnosis:
     """Rows that break any recipe, found before training."""
     trains = finding.name.endswith("_train")
+    side = patient.task.train if trains else patient.task.test
     text = f"{finding}: {finding.found}"
     if trains and patient.converges(_without_bad_rows(patient.task)):
         text += f"; {wording.MENDED[True]}"
@@ -33,7 +34,7 @@ def of_data(patient: Patient, finding: NonFinite) -> Diagnosis:
         phase="data",
         explanation=text,
         evidence={"name": finding.name, "rows": finding.rows, "column": finding.column, "count": finding.count},
-        advice=wording.ADVICE["data_nonfinite"],
+        advice=wording.ADVICE_OF_ALL_ROWS if finding.total_rows == len(side) > 1 else wording.ADVICE["data_nonfinite"],
     )
 
 
@@ -53,15 +54,15 @@ def not_finite(patient: Patient, outcome: Outcome) -> Diagnosis:
 
 
 def ahead(failure: Failure, outcome: Outcome) -> Diagnosis:
-    """A trial that converges, and a batch of the user's own epochs that would break it."""
+    """A trial that converges, and a batch of the user's own epochs that would break it, or the held-out loss."""
     cause = cause_of(failure.origin)
     health = Health.of(outcome.trace, outcome.baseline)
     root = Root.DATA if cause == "data_nonfinite" else Root.CODE
     found = diagnosis_of(failure, health, cause if cause != OVERFLOW else "exploding_activations", root, None, ())
     rows = len(failure.rows)
-    text = f"the trial itself converges, but an epoch over all rows meets a batch of {rows} "
-    text += f"{'row' if rows == 1 else 'rows'} that is not finite: {found.explanation}"
-    return replace(found, verdict=Label.CONVERGING, explanation=text)
+    batch = f"an epoch over all rows meets a batch of {rows} {'row' if rows == 1 else 'rows'} that"
+    text = f"the trial itself converges, but {batch if rows else 'in eval mode the held-out loss'} is not finite: "
+    return replace(found, verdict=Label.CONVERGING, explanation=text + found.explanation)
 
 
 def _explained(patient: Patient, failure: Failure, health: Health) -> Diagnosis:
@@ -76,7 +77,7 @@ def _explained(patient: Patient, failure: Failure, health: Health) -> Diagnosis:
         cause = explosion(
             phase, health, recipe.optimizer, recipe.init_scale, recurrent=failure.recurrent, mended_by=working
         )
-    elif cause == "data_nonfinite":
+    elif failure.origin.outside in ("x", "y"):
         mended = patient.converges(_without_bad_rows(patient.task))
     elif failure.origin.event is not None:
         mended = _with_line_mended(patient, failure)
@@ -92,8 +93,8 @@ def _recipe_fixes(patient: Patient) -> tuple[Fix, ...]:
     steps = patient.config.trial.steps
     fixes = patient.remedied(remedies.for_failure(patient.recipe, applies, steps))
     if any(f.works for f in fixes):
-        return fixes
-    return (*patient.remedied(remedies.together(patient.recipe, applies)), *fixes)
+        return remedies.barely_last(fixes)
+    return (*remedies.barely_last(patient.remedied(remedies.together(patient.recipe, applies))), *fixes)
 
 
 def _without_bad_rows(task: Task) -> Task:
@@ -124,9 +125,10 @@ def diagnosis_of(
 ) -> Diagnosis:
     """A failure in words."""
     origin = failure.origin
-    event = origin.event
+    event = origin.place
     spot = event.spot if event else None
-    data = cause == "data_nonfinite"
+    unread = spot is not None and spot.phase == "optimizer"  # weights that only their update was seen to read
+    data = cause == "data_nonfinite" and (unread or not origin.is_models)
     operation = (event.forward.op if event.forward else event.spot.op) if event else ""
     return Diagnosis(
         Label.NAN,
@@ -140,7 +142,7 @@ def diagnosis_of(
         step=failure.step,
         explanation="; ".join(
             [
-                wording.happened(origin, cause, failure.step, failure.symptom, failure.rows),
+                wording.happened(failure, cause),
                 wording.health_words(health),
                 *([wording.MENDED[cause == "data_nonfinite"]] if mended else []),
                 *([f"then the code raised {failure.raised}"] if failure.raised else []),
@@ -148,6 +150,6 @@ def diagnosis_of(
         ),
         evidence={**vars(health), "symptom": failure.symptom, "mended": mended},
         chain=tuple(wording.place(e) for e in origin.chain),
-        advice=wording.advice(cause, event) if root is not Root.RECIPE else "",
+        advice=wording.advice(cause, origin) if root is not Root.RECIPE else "",
         fixes=fixes,
     )

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 from recipefuzz.diagnose.watching import Event, Operand
 
+UNNAMED = "a tensor that the model keeps"
+
 
 @dataclass(frozen=True)
 class Origin:
@@ -14,13 +16,23 @@ class Origin:
 
     Attributes:
         event: the operation that made it; None where it came into the step from outside.
-        outside: then what it was: "x", "y", "parameter NAME" or "buffer NAME".
+        outside: then what it was: "x", "y", "parameter NAME", "buffer NAME" or another tensor that the model keeps.
         chain: the operations from there to the symptom, in their order.
     """
 
     event: Event | None
     outside: str
     chain: tuple[Event, ...]
+
+    @property
+    def is_models(self) -> bool:
+        """Whether it came in with what the model keeps, not with the rows."""
+        return self.event is None and self.outside.startswith(("parameter", "buffer", "attribute", UNNAMED))
+
+    @property
+    def place(self) -> Event | None:
+        """The operation to look at: the one that made it, or the first that read what the model keeps."""
+        return self.chain[0] if self.is_models else self.event
 
 
 def origin_of(events: Sequence[Event], symptom: Iterable[int]) -> Origin | None:
@@ -59,7 +71,7 @@ def origin_of(events: Sequence[Event], symptom: Iterable[int]) -> Origin | None:
 
 
 def _name(operand: Operand) -> str:
-    return operand.outside or "a tensor that the model keeps"
+    return operand.outside or UNNAMED
 
 
 def _chain(events: Sequence[Event], start: int, came_from: dict[int, int | None]) -> tuple[Event, ...]:

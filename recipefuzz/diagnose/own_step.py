@@ -272,8 +272,9 @@ def _tensors_in(value: Any, depth: int = 3) -> list[Tensor]:
 
 def _explained(step: Step, failure: Failure, again: Rerun | None, health: Health) -> Diagnosis:
     origin = failure.origin
-    updated = origin.outside.startswith("parameter") and step.number > 1
-    cause = cause_of(origin)
+    given = origin.is_models and _is_given(step, origin.outside)
+    updated = origin.outside.startswith("parameter") and not given
+    cause = OVERFLOW if origin.is_models and not given else cause_of(origin)
     if cause == OVERFLOW:
         phase = origin.event.spot.phase if origin.event else "optimizer"
         sudden = frozenset({"clip_norm"} if health.swell < SWOLLEN else ())  # what clipping would have held
@@ -291,6 +292,12 @@ def _explained(step: Step, failure: Failure, again: Rerun | None, health: Health
     return replace(found, phase="optimizer", file=file, line=line)
 
 
+def _is_given(step: Step, outside: str) -> bool:
+    """Whether what the model keeps was not finite before the first step: it is frozen, or this is the first."""
+    frozen = (f"parameter {name}" for name, p in step.model.named_parameters() if not p.requires_grad)
+    return step.number == 1 or outside in frozen
+
+
 def _is_half(tensor: Tensor) -> bool:
     return tensor.dtype in (torch.float16, torch.bfloat16)
 
@@ -302,7 +309,9 @@ def _words(step: Step, failure: Failure, again: Rerun | None) -> str:
         return "the model's input"
     if outside == "y":
         return next((f"`{name}`" for name, t in _data(again) if not is_finite(t)), "the batch")
-    if outside.startswith("parameter") and step.number > 1:
+    if failure.origin.is_models and _is_given(step, outside):
+        return f"{outside}, which was so before the first step"
+    if outside.startswith("parameter"):
         return f"{outside}, which the update of step {step.number - 1} left so"
     return outside
 

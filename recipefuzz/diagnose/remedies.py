@@ -16,6 +16,7 @@ CONFIRMED = 6  # smallest working changes that are run on further seeds; the oth
 DOWN = (3.0, 10.0, 30.0, 100.0)
 SCALES = (3.0, 10.0, 100.0)
 CLIPS = (15.0, 10.0, 5.0, 1.0)
+BARELY = 0.5  # of the best change's skill, under which another one leaves most of what there is to learn
 UNBOUNDED = 100.0  # skill: a likelihood gains tens of nats a row over a constant, a loss that falls for ever any number
 Runner = Callable[[Sequence[Job]], Iterable[Outcome]]
 
@@ -57,6 +58,8 @@ def for_failure(recipe: Recipe, applies: Applies, steps: int) -> list[Remedy]:
     found = [Remedy({"lr": recipe.lr / factor}, size) for size, factor in enumerate(DOWN, start=1)]
     found += _clips(recipe)
     found += [Remedy({"init_scale": recipe.init_scale / factor}, i) for i, factor in enumerate(SCALES, 1)]
+    if recipe.weight_decay:  # of which a step takes lr times as much: above 2 the weights grow by that alone
+        found.append(Remedy({"weight_decay": 0.0}, 1))
     return found + _structural(recipe, applies, steps)
 
 
@@ -67,8 +70,6 @@ def for_stall(recipe: Recipe, applies: Applies, steps: int) -> list[Remedy]:
     clips = {name: None for name in ("clip_norm", "clip_value") if recipe.values()[name] is not None}
     if clips:
         found.append(Remedy(clips, 1))
-    if recipe.weight_decay:
-        found.append(Remedy({"weight_decay": 0.0}, 1))
     if recipe.optimizer != "adam":
         found.append(Remedy({"optimizer": "adam", "lr": 1e-3}, 1 + len(DOWN)))
     return [*found, *for_failure(recipe, applies, steps)]
@@ -150,6 +151,12 @@ def tried(
 def rank(fix: Fix) -> tuple[bool, bool]:
     """Those that passed on all seeds, then those that converged at all; else as they were."""
     return not fix.works, fix.verdict != Label.CONVERGING
+
+
+def barely_last(fixes: Sequence[Fix]) -> tuple[Fix, ...]:
+    """In the order of `rank`, and of those that work as well the ones last that learn far less than the best."""
+    best = max((f.skill for f in fixes if f.works and f.skill is not None), default=0.0)
+    return tuple(sorted(fixes, key=lambda f: (*rank(f), f.works and f.skill is not None and f.skill < BARELY * best)))
 
 
 def working_alone(fixes: Iterable[Fix]) -> frozenset[str]:

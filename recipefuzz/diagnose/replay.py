@@ -7,24 +7,25 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from recipefuzz.diagnose.origin import Origin, origin_of
-from recipefuzz.diagnose.tensors import is_finite, tensors
+from recipefuzz.diagnose.tensors import Stats, is_finite, tensors
 from recipefuzz.diagnose.watching import Watch
 from recipefuzz.engines import prepare
-from recipefuzz.engines.sequential import Stepper, flushed_denormals, one_thread, with_own_loss
+from recipefuzz.engines.sequential import Stepper, flushed_denormals, heldout_batches, one_thread, with_own_loss
 from recipefuzz.errors import RAISED, describe_exception
 from recipefuzz.recipe import Recipe
 from recipefuzz.targets.seeding import seeded, undisturbed
 from recipefuzz.targets.task import Rows, Task
 
 LATER = 8  # steps by which a replay's failure may come later than in lanes, whose sums round otherwise
-KEPT = ("buffer", "attribute")  # what a model keeps from step to step beside its parameters
+KEPT = ("parameter", "buffer", "attribute")  # what a model keeps from step to step
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,7 @@ class Failure:
         rows: indices of the training rows in its batch.
         recurrent: whether the model applies one weight many times in a step.
         raised: the exception that the step ended with, in one line; empty where it did not raise.
+        built: whether it began before the first step, as the model was built.
     """
 
     step: int
@@ -45,6 +47,7 @@ class Failure:
     rows: tuple[int, ...]
     recurrent: bool
     raised: str = ""
+    built: bool = False
 
 
 class Replay:
@@ -83,7 +86,7 @@ class Replay:
             self.done += 1
             with undisturbed(self.device), torch.no_grad(), prepare.autocast(self.recipe, self.device):
                 torch.set_rng_state(before)
-                raised += bool(self.task.loss(self.model(x), y) > loss)
+                raised += bool(self._loss(x, y) > loss)
         return raised
 
     def watched(self) -> Failure | None:
@@ -94,12 +97,25 @@ class Replay:
         rows = tuple(batch.tolist())
         return watched_step(self.model, lambda: self.stepper.step(x, y), x, y, self.done, rows, may_raise=True)
 
+    def watched_evaluation(self, rows: Rows) -> Failure | None:
+        """The loss of held-out rows in eval mode, watched; None if it is finite."""
+        self.model.eval()
+        with torch.no_grad():
+            for _, x, y in heldout_batches(rows):
+                failure = watched_step(self.model, partial(self._loss, x, y), x, y, self.done)
+                if failure is not None:
+                    return failure
+        return None
+
+    def _loss(self, x: Any, y: Any) -> Tensor:
+        return self.task.loss(self.model(x), y)
+
     def loss_and_gradients(self, batch: Tensor) -> Tensor:
         """Forward and backward pass on some rows, without an update; the loss, a scalar on the device."""
         x, y = self._rows.take(batch.to(self._rows.index_device))
         self.model.zero_grad()
         with prepare.autocast(self.recipe, self.device):
-            loss = self.task.loss(self.model(x), y)
+            loss = self._loss(x, y)
         loss.backward()
         return loss.detach()
 
@@ -198,8 +214,8 @@ Begin = Callable[[], AbstractContextManager[Replay]]
 def first_failure(begin: Begin, step: int, limit: int) -> Failure | None:
     """The first step that is not finite, and where in it that begins.
 
-    Costs one replay up to the step; a second one where a buffer or an attribute had gone bad in an earlier step, which
-    its loss did not show.
+    Costs one replay up to the step; a second one where what the model keeps had gone bad in an earlier step, which its
+    loss did not show, or was so from the start: weights that are frozen are not looked at from step to step.
 
     Args:
         begin: a replay of the trial.
@@ -219,7 +235,7 @@ def first_failure(begin: Begin, step: int, limit: int) -> Failure | None:
 
 
 def _of_state(begin: Begin, failure: Failure) -> Failure | None:
-    """The earlier step that left a tensor of the model not finite."""
+    """The earlier step that left a tensor of the model not finite, or the building of the model."""
     name = failure.origin.outside
 
     def broken(replay: Replay) -> bool:
@@ -229,6 +245,19 @@ def _of_state(begin: Begin, failure: Failure) -> Failure | None:
         while not broken(replay) and replay.done < failure.step:
             replay.run(1)
         step = replay.done
+    if not step:
+        return replace(failure, origin=_of_building(begin, failure.origin), rows=(), built=True)
     with begin() as replay:
         replay.run(step - 1)
-        return replay.watched() if step else None
+        return replay.watched()
+
+
+def _of_building(begin: Begin, origin: Origin) -> Origin:
+    """The operation that made a tensor of the model not finite; where it came from a file, say, what is in it."""
+    watch = Watch(nn.Module())
+    with watch.active(), begin() as replay:
+        tensor = next(t for name, t in state_of(replay.model) if name == origin.outside)
+        made = origin_of(watch.events, watch.writers_of(tensor))
+    if made and made.event:
+        return made
+    return replace(origin, outside=f"{origin.outside} ({Stats.of(tensor)}), which was so before the first step")

@@ -9,7 +9,7 @@ from recipefuzz.diagnose.signals import Signals
 from recipefuzz.diagnose.symptoms import SIGNS, Findings
 from recipefuzz.diagnosis import Fix, Root
 from recipefuzz.recipe import Recipe
-from recipefuzz.verdict import VANISHED, Label
+from recipefuzz.verdict import VANISHED, Label, times
 
 CODE = (
     "train on ten rows until they are known by heart, and look at: a graph cut by detach(), .data, .item() or "
@@ -33,7 +33,7 @@ def symptom(cause: str, found: Findings, recipe: Recipe) -> str:
     if cause == "lr_too_low":
         return f"lr {recipe.lr:.3g} is too small for the gradients that it gets"
     if cause == "lr_too_high":
-        text = f"lr {recipe.lr:.3g} is too large: the weights are {found.swell:.3g} times their first size"
+        text = f"lr {recipe.lr:.3g} is too large: the weights are {times(found.swell)} their first size"
         rose = f", and {found.overshot:.0%} of the last steps raised the loss of their own batch"
         return text + rose if found.overshot else text
     if cause == "constant_output":

@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 
-from recipefuzz.diagnose.hazards import hazard_of
+from recipefuzz.diagnose.hazards import broken_evaluation, hazard_of
 from recipefuzz.diagnose.nonfinite import ahead, not_finite, of_data
 from recipefuzz.diagnose.patient import Patient
 from recipefuzz.diagnose.stalls import stalled
@@ -44,7 +44,7 @@ def diagnose_trial(patient: Patient) -> Diagnosis:
         return _of_no_skill(patient, outcome.trace.loss)
     if outcome.verdict.label is Label.STALLED:
         return stalled(patient, outcome)
-    hazard = hazard_of(patient)
+    hazard = hazard_of(patient) or broken_evaluation(patient, outcome.trace)
     return ahead(hazard, outcome) if hazard else Diagnosis(outcome.verdict.label, explanation=outcome.verdict.reason)
 
 

@@ -6,7 +6,9 @@ from pathlib import Path
 
 from recipefuzz.diagnose.explosions import Health
 from recipefuzz.diagnose.origin import Origin
+from recipefuzz.diagnose.replay import Failure
 from recipefuzz.diagnose.watching import Event
+from recipefuzz.verdict import times
 
 ADVICE = {
     "data_nonfinite": "drop or fill those rows where the data are loaded",
@@ -19,7 +21,7 @@ ADVICE = {
     "domain_error": "the argument has left the function's domain, often by rounding alone: clamp it, as in "
     "x.clamp(min=0).sqrt() or x.clamp(-1 + 1e-6, 1 - 1e-6).acos()",
     "exp_overflow": "bound the exponent (logvar.clamp(-10, 10), or softplus for a scale); before a normalizing sum, "
-    "subtract the maximum, or use the stable form: softmax, log_softmax, logsumexp",
+    "subtract the maximum, or use the stable form: softmax, log_softmax, logsumexp, sigmoid, softplus",
     "empty_reduction": "nothing is left to average: skip such batches or divide by clamp(min=1); "
     "std(unbiased=False) for a single element; drop_last=True for a last partial batch",
     "fully_masked_softmax": "a row whose every entry is masked has no softmax: mask with a large negative number "
@@ -36,8 +38,8 @@ ADVICE_OF_VECTORS = (
     "different numbers, such as 1e-4 * torch.arange(n).diag()), or use the values alone (torch.linalg.eigvalsh)"
 )
 ADVICE_OF_PROBABILITIES = (
-    "give the loss logits instead (cross_entropy, log_softmax, binary_cross_entropy_with_logits), or clamp the "
-    "argument: torch.log(p.clamp(min=1e-7))"
+    "give the loss logits instead (cross_entropy, log_softmax, logsigmoid, binary_cross_entropy_with_logits); of a "
+    "product of many, add up the logs; or clamp the argument: torch.log(p.clamp(min=1e-7))"
 )
 ADVICE_OF_XLOGY = (
     "a weight other than 0 times the log of 0: keep a rate or probability above 0 (softplus(z) + 1e-6, no relu), and "
@@ -46,6 +48,18 @@ ADVICE_OF_XLOGY = (
 ADVICE_OF_NAN = (
     "a NaN is written there, not computed: torch.logdet gives it for a negative determinant "
     "(torch.linalg.slogdet(w).logabsdet), else the code fills it in"
+)
+ADVICE_OF_ALL_ROWS = (
+    "no row is spared: look for a statistic that was computed with one missing value (use nanmean, nanstd), or a "
+    "division by a range or standard deviation of 0 (a column that never changes: leave it out)"
+)
+ADVICE_OF_GIVEN = (
+    "look at where these values come from: a file that was saved after a NaN, a division by a count, norm or standard "
+    "deviation of 0"
+)
+ADVICE_OF_GIVEN_INFINITY = (
+    "the infinity is in a tensor that was there before this step: if it is not meant, look at where it comes from (a "
+    "weight of 1 / count for a count of 0); if it is, fill it with 0 before this operation"
 )
 IN_HALF = "; in float16 an epsilon below 6e-8 is 0: take 1e-4, or compute this in float32"
 
@@ -56,8 +70,11 @@ MENDED = {  # by whether it was the data
 }
 
 
-def advice(cause: str, event: Event | None) -> str:
+def advice(cause: str, origin: Origin) -> str:
     """What to change in code or data; empty for the causes that are the recipe's."""
+    event = origin.event
+    if cause == "data_nonfinite" and origin.is_models:
+        return ADVICE_OF_GIVEN
     if cause not in ADVICE or event is None:
         return ADVICE.get(cause, "")
     op = event.forward.op if event.forward else event.spot.op
@@ -67,6 +84,8 @@ def advice(cause: str, event: Event | None) -> str:
         return ADVICE_OF_XLOGY
     if event.writes_nan:
         return ADVICE_OF_NAN
+    if cause == "zero_times_inf" and any(o.meant and not o.writers for o in event.operands):
+        return ADVICE_OF_GIVEN_INFINITY
     advises_epsilon = cause in ("division_by_zero", "sqrt_gradient_at_zero", "log_of_zero")
     probabilities = cause == "log_of_zero" and all(0 <= o.stats.low <= o.stats.high <= 1 for o in event.operands)
     text = ADVICE_OF_PROBABILITIES if probabilities else ADVICE[cause]
@@ -82,17 +101,19 @@ def place(event: Event) -> str:
     return f"{what}{where}{inside}"
 
 
-def happened(origin: Origin, cause: str, step: int, symptom: str, rows: tuple[int, ...]) -> str:
+def happened(failure: Failure, cause: str) -> str:
     """Where it began and what went in."""
-    event = origin.event
+    event = failure.origin.event
+    seen = f"step {failure.step}: {failure.symptom} is not finite; "
     if event is None:
-        return f"step {step}: {symptom} is not finite; it came in with {origin.outside}"
+        return f"{seen}it came in with {failure.origin.outside}"
     given = "; ".join(str(o.stats) for o in event.operands[:3])
-    text = f"step {step}: {place(event)} gave {_what(event)}"
+    text = f"{seen}as the model was built, " if failure.built else f"step {failure.step}: "
+    text += f"{place(event)} gave {_what(event)}"
     text += f", given {given}" if given else ", which was written there, not computed"
     if event.witness:
         text += f" (at the first bad element: {', '.join(f'{w:.4g}' for w in event.witness)})"
-    touched = training_rows(event, rows)
+    touched = training_rows(event, failure.rows)
     if touched and cause not in ("exploding_activations", "exploding_gradients", "exploding_parameters"):
         text += f"; training {'row' if len(touched) == 1 else 'rows'} {', '.join(map(str, touched))}"
     return text
@@ -117,5 +138,5 @@ def health_words(health: Health) -> str:
     """How training was before."""
     if health.step == 1:
         return "before any update"
-    words = f"before it the weights were {health.swell:.3g} times their first size and the loss {health.loss:.3g}"
+    words = f"before it the weights were {times(health.swell)} their first size and the loss {health.loss:.3g}"
     return f"{words} (at first {health.first_loss:.3g})"

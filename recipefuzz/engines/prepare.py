@@ -34,6 +34,7 @@ def build_model(task: Task, recipe: Recipe, device: torch.device) -> nn.Module:
             any to replace.
     """
     model = _call_factory(task, recipe)
+    _make_dense(model)
     seed_dropout(model, torch.initial_seed())
     with torch.no_grad():
         for parameter in model.parameters():
@@ -61,6 +62,13 @@ def _call_factory(task: Task, recipe: Recipe) -> nn.Module:
             "normalization layers to replace; add a `norm` argument to the factory, or leave the axis out"
         )
     return model
+
+
+def _make_dense(model: nn.Module) -> None:
+    """Embeddings get dense gradients: sparse ones say the same, but have no norm, and most optimizers refuse them."""
+    for module in model.modules():
+        if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
+            module.sparse = False
 
 
 def trainable(model: nn.Module) -> list[nn.Parameter]:

@@ -38,7 +38,8 @@ class NonFinite:
     @property
     def found(self) -> str:
         """The value, and how many there are."""
-        return f"{self.value}; {self.count} such values in {self.total_rows} rows"
+        values, rows = "value" + "s" * (self.count > 1), "row" + "s" * (self.total_rows > 1)
+        return f"{self.value}; {self.count} such {values} in {self.total_rows} {rows}"
 
     def error(self, place: Place) -> InputError:
         """What is said where they do harm."""
