@@ -75,6 +75,12 @@ def per_class_spread(x, w):
     return torch.stack([(x * w)[labels == c].std(0) for c in range(2)])
 
 
+def impossible_alignment(x, w):
+    """Three equal labels need five frames."""
+    log_prob = (x * w).log_softmax(-1)[:, None]
+    return functional.ctc_loss(log_prob, torch.tensor([[1, 1, 1]]), torch.tensor([4]), torch.tensor([3]))
+
+
 CAUSES = {
     "division_by_zero": (
         lambda x, w: (x * w) / (x - x),
@@ -85,6 +91,9 @@ CAUSES = {
         lambda x, w: torch.reciprocal(w - 1),
         lambda x, w: torch.where(w > 5, 1 / (w - w), w),
         lambda x, w: functional.normalize(x * 0 * w, eps=0.0),
+        lambda x, w: functional.layer_norm(w - w, (3,), eps=0.0),
+        lambda x, w: functional.group_norm((x * 0 * w)[..., None], 3, eps=0.0),
+        lambda x, w: torch._weight_norm(x * 0 * w, w, 1),
         cosine,
         running_ratio,
     ),
@@ -99,6 +108,7 @@ CAUSES = {
         lambda x, w: torch.special.xlog1py(-w, w * 0 - 1),
         lambda x, w: -torch.log((w * 400 - 400).softmax(-1)),
         entropy,
+        impossible_alignment,
     ),
     "log_of_negative": (
         lambda x, w: torch.log(x * w),
@@ -177,6 +187,8 @@ CAUSES = {
         lambda x, w: functional.mse_loss(w * 1e25, x[0]),
         lambda x, w: (w * 1e30) / 1e-20,
         lambda x, w: torch.cumsum(w * 2e38, 0),
+        lambda x, w: (w * 1e5).repeat(30).prod(),
+        lambda x, w: functional.layer_norm(x * w * 1e30, (3,)),
     ),
 }
 
@@ -232,6 +244,8 @@ ADVISED = {
     "a rate of 0": (lambda x, w: Poisson((w - w).relu()).log_prob(ONES), "softplus"),
     "written": (lambda x, w: torch.logdet(-torch.diag(w)), "slogdet"),
     "a weight of infinity": (lambda x, w: (w - w) * NO_COUNT, "1 / count"),
+    "an alignment that can't be": (impossible_alignment, "zero_infinity=True"),
+    "a normalization": (lambda x, w: functional.layer_norm(w - w, (3,), eps=0.0), "an eps above 0"),
     "a plain division": (lambda x, w: w / (w - w), "add an epsilon (x / (d + 1e-8)), or clamp it"),
 }
 

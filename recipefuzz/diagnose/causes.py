@@ -93,7 +93,25 @@ def _of_values(event: Event) -> str:
         return "division_by_zero" if _divides_by_zero(event) else OVERFLOW
     if op in DOMAINS:
         return "domain_error"
-    return "exp_overflow" if op in EXPONENTIALS else OVERFLOW
+    if op in EXPONENTIALS:
+        return "exp_overflow"
+    return _of_kernel(op) if _is_singular(event) else OVERFLOW
+
+
+def _is_singular(event: Event) -> bool:
+    """Whether a kernel of many operations has no answer at numbers of a usual size, in float64 either.
+
+    Sums and products of such numbers are finite there, unless there are dozens of factors: those give inf, not NaN.
+    """
+    small = all(o.stats.magnitude < LARGE for o in event.operands)
+    return event.finite_in_double is False and small and (event.makes_nan or "ctc_loss" in event.spot.op)
+
+
+def _of_kernel(op: str) -> str:
+    """What happens inside: a spread or a length of 0 is divided by, the log of an impossible alignment is taken."""
+    if "ctc_loss" in op:
+        return "log_of_zero"
+    return "division_by_zero" if "norm" in op else "domain_error"
 
 
 def _of_log(op: str, value: float) -> str:

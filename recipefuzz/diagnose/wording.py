@@ -41,6 +41,14 @@ ADVICE_OF_PROBABILITIES = (
     "give the loss logits instead (cross_entropy, log_softmax, logsigmoid, binary_cross_entropy_with_logits); of a "
     "product of many, add up the logs; or clamp the argument: torch.log(p.clamp(min=1e-7))"
 )
+ADVICE_OF_CTC = (
+    "a target that needs more frames than its input has (a label that repeats the one before it needs one more) has "
+    "probability 0: leave such rows out, or take zero_infinity=True"
+)
+ADVICE_OF_NORM = (
+    "a normalization divides by the spread or length of its input, which is 0 for one that is constant or all zeros: "
+    "give it an eps above 0, or start a weight that is normalized from other values than zeros"
+)
 ADVICE_OF_XLOGY = (
     "a weight other than 0 times the log of 0: keep a rate or probability above 0 (softplus(z) + 1e-6, no relu), and "
     "the targets of a density off its edge (y.clamp(1e-6, 1 - 1e-6) under a Beta, y.clamp(min=1e-6) under a Gamma)"
@@ -82,6 +90,10 @@ def advice(cause: str, origin: Origin) -> str:
         return ADVICE_OF_VECTORS
     if cause == "log_of_zero" and op == "xlogy":
         return ADVICE_OF_XLOGY
+    if cause == "log_of_zero" and "ctc_loss" in op:
+        return ADVICE_OF_CTC
+    if cause == "division_by_zero" and "norm" in op:
+        return ADVICE_OF_NORM
     if event.writes_nan:
         return ADVICE_OF_NAN
     if cause == "zero_times_inf" and any(o.meant and not o.writers for o in event.operands):
