@@ -200,6 +200,15 @@ def test_wrong_arguments(wrong):
 
 
 @in_c
+def test_views_of_no_memory_are_not_read():
+    """Their address is their offset."""
+    freed = torch.ones(16)[8:]
+    freed.untyped_storage().resize_(0)
+    for gradient in (freed, torch._efficientzerotensor(16)[8:]):
+        assert history.finite_loss(None, [parameter(gradient)], []) is None
+
+
+@in_c
 def test_what_is_no_tensor_is_not_read():
     assert history.finite_loss(1.0, [], []) is None
     with pytest.raises(AttributeError, match="grad"):

@@ -62,9 +62,21 @@ ANY_BAD(any_bad_bfloat, uint16_t, 0x7f80u)
 /* --- tensors */
 
 typedef struct {
-    PyObject *tensor, *grad;
+    PyObject *tensor, *grad, *storage_offset;
     const Exchange *exchange;
 } State;
+
+/* Whether a tensor has memory: a view of none, which torch takes for zeros or has freed, has an address, its offset. */
+static int has_memory(const State *state, PyObject *tensor, const Array *array) {
+    PyObject *offset = PyObject_CallMethodObjArgs(tensor, state->storage_offset, NULL);
+    uintptr_t elements = offset ? (uintptr_t)PyLong_AsSize_t(offset) : 0;
+    Py_XDECREF(offset);
+    if (PyErr_Occurred()) {
+        PyErr_Clear();
+        return 0;
+    }
+    return (uintptr_t)array->data != elements * (array->bits / 8);
+}
 
 /* Whether it is an ordinary tensor in the CPU's memory, without gaps. No exception is left. */
 static int borrow(const State *state, PyObject *tensor, Array *array, int64_t *count) {
@@ -80,7 +92,8 @@ static int borrow(const State *state, PyObject *tensor, Array *array, int64_t *c
         *count *= array->shape[i];
         span += (array->shape[i] - 1) * array->strides[i];
     }
-    return array->device_type == CPU && array->lanes == 1 && (*count == 0 || (array->data && span == *count));
+    return array->device_type == CPU && array->lanes == 1 &&
+           (*count == 0 || (span == *count && has_memory(state, tensor, array)));
 }
 
 /* 1 and 0: whether all its numbers are finite; -1: it can't be read. */
@@ -162,7 +175,8 @@ static int load(PyObject *module) {
     state->tensor = PyObject_GetAttrString(torch, "Tensor");
     Py_DECREF(torch);
     state->grad = PyUnicode_InternFromString("grad");
-    if (!state->tensor || !state->grad)
+    state->storage_offset = PyUnicode_InternFromString("storage_offset");
+    if (!state->tensor || !state->grad || !state->storage_offset)
         return -1;
     PyObject *table = PyObject_GetAttrString(state->tensor, "__dlpack_c_exchange_api__");
     if (table) {
@@ -186,6 +200,7 @@ static int clear_state(PyObject *module) {
     State *state = PyModule_GetState(module);
     Py_CLEAR(state->tensor);
     Py_CLEAR(state->grad);
+    Py_CLEAR(state->storage_offset);
     return 0;
 }
 
